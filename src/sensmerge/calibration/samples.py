@@ -1,0 +1,209 @@
+"""From a calibration file to token ids and loss masks.
+
+Rows are {prompt, response} | {instruction, input, output} | {messages} | {text}, one JSON object a line (`.jsonl`, or `.jsonl.gz`).
+Every fault is named by file, line and column; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CalibrationDataError
+from ..records import CalibrationSet, SensSettings
+
+FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "text")
+SHOWN_FAULTS = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row before tokenisation: either `text`, or `messages`, or a prompt with its response."""
+
+    row: int
+    line: int
+    prompt: str | None = None
+    response: str | None = None
+    text: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise CalibrationDataError(
+            "this calibration file is not UTF-8 text",
+            where=f"{path}:{line}",
+            why=str(error),
+            fix="save the file as UTF-8",
+        ) from error
+    except (OSError, EOFError) as error:
+        raise CalibrationDataError(
+            "cannot read this calibration file",
+            where=str(path),
+            why=str(error),
+            fix="check the path in `sens: {data: …}`",
+        ) from error
+
+
+def _sample(row: int, line: int, entry: Any, fields: Mapping[str, str]) -> Sample | str:
+    """The sample in one parsed row, or what is wrong with it."""
+    if not isinstance(entry, dict):
+        return f"a JSON object is needed, found {type(entry).__name__}"
+    values = {name: entry.get(fields.get(name, name)) for name in FIELDS}
+    if values["messages"] is not None:
+        messages = values["messages"]
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+        ):
+            return "`messages` must be a list of {role, content}"
+        if not messages or messages[-1]["role"] != "assistant":
+            return "the last of `messages` must be the assistant's: it is the response"
+        return Sample(row, line, messages=tuple(messages))
+    prompt, response = values["prompt"], values["response"]
+    if values["instruction"] is not None:
+        extra = values["input"]
+        if extra is not None and not isinstance(extra, str):
+            return "`input` must be text"
+        prompt = f"{values['instruction']}\n\n{extra}" if extra else values["instruction"]
+        response = values["output"]
+    if prompt is not None and response is not None:
+        if not isinstance(prompt, str) or not isinstance(response, str):
+            return "prompt and response must be text"
+        return Sample(row, line, prompt=prompt, response=response)
+    if isinstance(values["text"], str):
+        return Sample(row, line, text=values["text"])
+    return f"no prompt and response, no instruction and output, no messages and no text among {sorted(entry)}"
+
+
+def read_samples(path: Path, fields: Mapping[str, str] | None = None) -> list[Sample]:
+    """All samples of a file, in order; `fields` maps our names to the file's. Raises CalibrationDataError.
+
+    `row` counts the samples from 0, `line` the file's lines from 1 (blank lines are no samples).
+    """
+    samples: list[Sample] = []
+    faults: list[tuple[int, str]] = []
+    # split, not splitlines: JSON strings may hold U+2028 and its like, which end no line of a file.
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = _sample(len(samples), number, json.loads(line), fields or {})
+        except json.JSONDecodeError as error:
+            found = f"not JSON at column {error.colno}: {error.msg}"
+        if isinstance(found, str):
+            faults.append((number, found))
+        else:
+            samples.append(found)
+    if faults:
+        raise CalibrationDataError(
+            f"{len(faults)} row(s) cannot be used as samples",
+            where=f"{path}:{faults[0][0]}",
+            why="; ".join(f"line {number}: {fault}" for number, fault in faults[:SHOWN_FAULTS]),
+            fix="mend these lines, or name the fields: `data: {path: FILE, prompt: question, response: answer}`",
+        )
+    if not samples:
+        raise CalibrationDataError(
+            "this calibration file has no samples",
+            where=str(path),
+            why="it has no line with a JSON object",
+            fix='put one sample a line, for example {"prompt": "2 + 2 =", "response": " 4"}',
+        )
+    return samples
+
+
+def draw(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """`count` samples drawn without replacement by `random.Random(seed)`, in file order; all of them if there are no more."""
+    if len(samples) <= count:
+        return list(samples)
+    return [samples[row] for row in sorted(random.Random(seed).sample(range(len(samples)), count))]
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its bos token in front of a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and full[: 1 + len(bare)] == [tokenizer.bos_token_id, *bare]
+
+
+def _split(tokenizer: Any, sample: Sample, template: str, where: str) -> tuple[list[int], list[int], list[int]]:
+    """(head, prompt ids, response ids): what is always kept, what is cut from the left, what is cut from the right."""
+    messages = sample.messages
+    if messages is None and template == "chat":
+        messages = ({"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.response})
+    if messages is not None:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise CalibrationDataError(
+                "these samples need a chat template, and the expert's tokenizer has none",
+                where=where,
+                why="rows of `messages` and `template: chat` are rendered by the tokenizer's chat_template",
+                fix="use {prompt, response} rows with `template: none`, or add a chat template to the tokenizer",
+            )
+        asked = tokenizer.apply_chat_template(list(messages[:-1]), add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(list(messages), return_dict=False)
+        if whole[: len(asked)] != asked:
+            raise CalibrationDataError(
+                "the chat template does not keep the prompt apart from the response",
+                where=where,
+                why="the conversation with the response does not begin with the conversation without it",
+                fix="use {prompt, response} rows with `template: none`",
+            )
+        return [], list(asked), list(whole[len(asked) :])
+    head = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    prompt = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
+    response = tokenizer(sample.response, add_special_tokens=False)["input_ids"]
+    tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return head, list(prompt), [*response, *tail]
+
+
+def _encode(tokenizer: Any, sample: Sample, settings: SensSettings, where: str) -> tuple[list[int], list[int], bool]:
+    """(token ids, loss mask, was it truncated) of one sample."""
+    if sample.text is not None:
+        ids = list(tokenizer(sample.text)["input_ids"])
+        cut, first_loss = len(ids) > settings.max_length, 1
+        ids = ids[: settings.max_length]
+    else:
+        head, prompt, response = _split(tokenizer, sample, settings.template, where)
+        excess = len(head) + len(prompt) + len(response) - settings.max_length
+        cut = excess > 0
+        if cut:
+            dropped = min(excess, len(prompt))
+            prompt = prompt[dropped:]
+            response = response[: len(response) - (excess - dropped)]
+        ids = [*head, *prompt, *response]
+        first_loss = 1 if settings.loss == "all" else max(1, len(head) + len(prompt))
+    return ids, [int(position >= first_loss) for position in range(len(ids))], cut
+
+
+def encode_samples(tokenizer: Any, samples: Sequence[Sample], settings: SensSettings, path: Path) -> CalibrationSet:
+    """Token ids and loss masks of `samples` with the task's own tokenizer. Raises CalibrationDataError.
+
+    text: `tokenizer(text)`. Pair: [bos] + enc(prompt) + enc(response) + [eos], enc without special tokens, bos only if the
+    tokenizer itself adds it. Over `max_length` the prompt's left is cut first, then the right of the response with its eos.
+    `loss: response` counts response and eos, `all` (and text) every token but the first.
+    """
+    ids, masks, truncated, empty = [], [], 0, []
+    for sample in samples:
+        tokens, mask, cut = _encode(tokenizer, sample, settings, f"{path}:{sample.line}")
+        ids.append(tuple(tokens))
+        masks.append(tuple(mask))
+        truncated += cut
+        if not any(mask):
+            empty.append(sample.line)
+    if empty:
+        raise CalibrationDataError(
+            f"{len(empty)} of the samples have no token to predict",
+            where=f"{path}:{empty[0]}",
+            why=f"no loss token is left in line(s) {', '.join(map(str, empty[:SHOWN_FAULTS]))} (loss: {settings.loss})",
+            fix="remove the empty samples, or raise max_length",
+        )
+    rows = tuple(sample.row for sample in samples)
+    return CalibrationSet(rows, tuple(ids), tuple(masks), settings.loss, truncated)

@@ -1,0 +1,117 @@
+"""What a tensor's name tells: its block, its role outside the blocks, its module inside one.
+
+A block is the name up to and including its first all-digit component (`model.layers.7`); the stack is the longest such family.
+Nothing here knows an architecture: only how Hugging Face checkpoints name things.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import IncompatibleModelsError
+from ..records import Role
+
+# Names outside the blocks, most telling first.
+_ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
+    ("lm_head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.")),
+    ("embed", re.compile(r"(^|\.)(embed\w*|wte|wpe|tok_embeddings|word_embeddings|\w*_embeddings?)\.")),
+    ("final_norm", re.compile(r"(^|\.)(norm|norm_f|ln_f|final_layer_?norm|final_norm|\w*layer_?norm)\.")),
+)
+_NORM_BEFORE_ATTENTION = re.compile(r"^(input_layernorm|ln_1|attention_norm|ln_attn)\.")
+_NORM_AFTER_ATTENTION = re.compile(r"^post_attention_layernorm\.")
+_NORM_BEFORE_MLP = re.compile(r"^(pre_feedforward_layernorm|ln_2|ffn_norm|ln_mlp)\.")
+_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")
+_MLP = re.compile(r"(^|\.)\w*(mlp|feed_?forward|ffn|moe|experts)\w*\.")
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which group each tensor belongs to: one of `layers` (in stack order) inside the blocks, a role outside."""
+
+    layers: tuple[str, ...]
+    roles: tuple[Role, ...]
+    group_of: Mapping[str, str]
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts `layers.10` after `layers.9`."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
+
+
+def _stack_prefix(names: Iterable[str]) -> str | None:
+    members: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        parts = name.split(".")
+        first = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+        if first is not None:
+            members[".".join(parts[:first])].add(parts[first])
+    return max(sorted(members), key=lambda prefix: len(members[prefix]), default=None)
+
+
+def _block(name: str, prefix: str | None) -> str | None:
+    if prefix is None or not name.startswith(f"{prefix}." if prefix else ""):
+        return None
+    number = name[len(prefix) + 1 if prefix else 0 :].split(".", 1)[0]
+    return (f"{prefix}.{number}" if prefix else number) if number.isdigit() else None
+
+
+def role_outside(name: str) -> Role:
+    """The role of a tensor that lies in no block: embed, final_norm, lm_head or other."""
+    return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
+
+
+def _module(inner: str, siblings: set[str], block: str) -> str:
+    """`attention` or `mlp` for the part of a name inside its block; the norm before a module belongs to it."""
+    if _NORM_AFTER_ATTENTION.match(inner):
+        # Where the MLP has a norm of its own, or attention none before it, this one closes attention instead.
+        sandwich = any(_NORM_BEFORE_MLP.match(name) for name in siblings)
+        opens = any(_NORM_BEFORE_ATTENTION.match(name) for name in siblings)
+        return "mlp" if opens and not sandwich else "attention"
+    if _NORM_BEFORE_ATTENTION.match(inner):
+        return "attention"
+    if _NORM_BEFORE_MLP.match(inner):
+        return "mlp"
+    if _ATTENTION.search(inner):
+        return "attention"
+    if _MLP.search(inner):
+        return "mlp"
+    raise IncompatibleModelsError(
+        f"cannot tell whether '{block}.{inner}' belongs to attention or to the MLP",
+        where=f"tensor '{block}.{inner}'",
+        why="`group: module` needs to know, and the name does not say",
+        fix="use `group: block` or `group: tensor`",
+    )
+
+
+def group_tensors(names: Iterable[str], group: str = "block") -> Grouping:
+    """The groups of a checkpoint's tensors at granularity `block`, `module` or `tensor`; from the names alone."""
+    names = sorted(names, key=natural_key)
+    prefix = _stack_prefix(names)
+    inside = {name: block for name in names if (block := _block(name, prefix)) is not None}
+    inner_names: dict[str, set[str]] = defaultdict(set)
+    for name, block in inside.items():
+        inner_names[block].add(name[len(block) + 1 :])
+    group_of: dict[str, str] = {}
+    for name in names:
+        if name not in inside:
+            group_of[name] = role_outside(name)
+        elif group == "block":
+            group_of[name] = inside[name]
+        elif group == "tensor":
+            group_of[name] = name
+        else:
+            block = inside[name]
+            group_of[name] = f"{block}.{_module(name[len(block) + 1 :], inner_names[block], block)}"
+    layers = sorted({group_of[name] for name in inside}, key=natural_key)
+    roles: list[Role] = [role for role in ("embed", "final_norm", "lm_head", "other") if role in group_of.values()]
+    return Grouping(tuple(layers), tuple(roles), group_of)
+
+
+def tied_head(config: Mapping[str, object], names: Iterable[str]) -> str | None:
+    """The name of an output head that config.json ties to the embedding although the checkpoint stores it, if any."""
+    if not config.get("tie_word_embeddings", False):
+        return None
+    return next((name for name in names if role_outside(name) == "lm_head" and "." in name), None)

@@ -1,0 +1,201 @@
+"""TensorSource: what every reader of the project sees of a model: names, dtypes, shapes, and `read(name, start, count)`.
+
+A folder is one; a LoRA adapter on a base, an aligned vocabulary or a merge in memory can be others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import IncompatibleModelsError, InputFileError
+from ..records import TensorSpec
+from .formats import FLOATS, ITEM_SIZES, Raw
+from .header import StoredTensor, read_header
+
+FINGERPRINT_BLOCKS = 16
+FINGERPRINT_BLOCK_BYTES = 4096
+
+
+class TensorSource(Protocol):
+    """A model as a set of named tensors that can be read in pieces."""
+
+    @property
+    def label(self) -> str:
+        """What to call the model in messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Every tensor of the model."""
+
+    def read(self, name: str, start: int, count: int) -> Raw:
+        """`count` elements of tensor `name` from element `start` on, flat, in the stored dtype (BF16 as uint16 bits)."""
+
+
+class ModelFolder:
+    """A Hugging Face checkpoint folder: config.json and safetensors, in one file or in shards with an index.
+
+    Files are read with `pread`, never mapped: a file that shrinks while it is read is an error, not a crash. Raises
+    InputFileError for a missing or damaged file, IncompatibleModelsError for formats that cannot be merged.
+    """
+
+    def __init__(self, path: Path, label: str | None = None) -> None:
+        self.path = path
+        self.label = label or str(path)
+        self.config = self._read_config()
+        self._stored = {tensor.spec.name: tensor for tensor in self._find_tensors()}
+        self.tensors: Mapping[str, TensorSpec] = {name: stored.spec for name, stored in self._stored.items()}
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> ModelFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, sorted."""
+        return sorted({stored.file for stored in self._stored.values()})
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all floating-point tensors."""
+        return sum(spec.elements for spec in self.tensors.values() if spec.dtype in FLOATS)
+
+    def read(self, name: str, start: int, count: int) -> Raw:
+        """See TensorSource. Raises InputFileError if the file has become shorter, KeyError for an unknown tensor."""
+        stored = self._stored[name]
+        dtype = stored.spec.dtype
+        item = ITEM_SIZES[dtype]
+        data = self._pread(stored, start * item, count * item)
+        return np.frombuffer(data, dtype=FLOATS.get(dtype, np.dtype(f"V{item}")))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over sorted (name, dtype, shape, 16 evenly spaced 4 KiB blocks): the model's identity.
+
+        It does not depend on shards or paths, and costs no pass over the weights. A change that lies between the blocks of a
+        tensor larger than 64 KiB is not seen.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self._stored):
+            stored = self._stored[name]
+            digest.update(json.dumps([name, stored.spec.dtype, list(stored.spec.shape)]).encode())
+            for offset, size in _evenly_spaced_blocks(stored.size):
+                digest.update(self._pread(stored, offset, size))
+        return digest.hexdigest()
+
+    def _pread(self, stored: StoredTensor, offset: int, size: int) -> bytearray:
+        if stored.file not in self._descriptors:
+            self._descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
+        buffer = bytearray(size)
+        view, done = memoryview(buffer), 0
+        while done < size:
+            got = os.preadv(self._descriptors[stored.file], [view[done:]], stored.offset + offset + done)
+            if got == 0:
+                raise InputFileError(
+                    "this file has become shorter while it was read",
+                    where=f"{stored.file}, tensor '{stored.spec.name}'",
+                    why=f"{size - done} bytes at {stored.offset + offset + done} are missing",
+                    fix="restore the file and run the command again",
+                )
+            done += got
+        return buffer
+
+    def _read_config(self) -> dict[str, Any]:
+        config = self.path / "config.json"
+        try:
+            data = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputFileError(
+                f"'{self.label}' is not a model folder",
+                where=str(config),
+                why=str(error),
+                fix="give a folder with config.json and model.safetensors, as `save_pretrained` writes it",
+            ) from error
+        if not isinstance(data, dict):
+            raise InputFileError(
+                f"'{self.label}' has a config.json that is not a JSON object",
+                where=str(config),
+                why=f"found {type(data).__name__}",
+                fix="save the model again",
+            )
+        if "quantization_config" in data:
+            raise IncompatibleModelsError(
+                f"'{self.label}' is a quantised checkpoint",
+                where=str(config),
+                why="quantised weights cannot be merged without loss: config.json has 'quantization_config'",
+                fix="use the unquantised checkpoint",
+            )
+        return data
+
+    def _find_tensors(self) -> Iterator[StoredTensor]:
+        index = self.path / "model.safetensors.index.json"
+        single = self.path / "model.safetensors"
+        if index.exists() and not single.exists():
+            yield from self._indexed(index)
+            return
+        if not single.exists():
+            pickles = sorted(path.name for path in self.path.glob("pytorch_model*.bin"))
+            raise InputFileError(
+                f"'{self.label}' has no safetensors weights",
+                where=str(self.path),
+                why=f"pickle files ({pickles[0]}) can run code when read"
+                if pickles
+                else "model.safetensors is missing",
+                fix="save the model with `save_pretrained(folder)`, which writes model.safetensors",
+            )
+        yield from read_header(single)
+
+    def _indexed(self, index: Path) -> Iterator[StoredTensor]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputFileError(
+                "this index of shards cannot be read", where=str(index), why=repr(error), fix="download the file again"
+            ) from error
+        faults: list[str] = []
+        found: list[StoredTensor] = []
+        for name in names:
+            if Path(name).name != name:
+                faults.append(f"shard '{name}' lies outside the folder")
+            elif not (self.path / name).exists():
+                faults.append(f"shard '{name}' is missing")
+            else:
+                found += read_header(self.path / name)
+        if not faults:
+            indexed, stored = set(weight_map), {tensor.spec.name for tensor in found}
+            faults += [f"'{name}' is in the index but in no shard" for name in sorted(indexed - stored)]
+            faults += [f"'{name}' is in a shard but not in the index" for name in sorted(stored - indexed)]
+            if len(stored) != len(found):
+                faults.append("a tensor lies in two shards")
+        if faults:
+            raise InputFileError(
+                f"'{self.label}' has {len(faults)} fault(s) in its shards",
+                where=str(index),
+                why="; ".join(faults),
+                fix="download the model again",
+            )
+        yield from found
+
+
+def _evenly_spaced_blocks(size: int) -> Iterator[tuple[int, int]]:
+    """(offset, size) of at most 16 blocks of 4 KiB, from the first byte to the last; everything if it fits."""
+    if size <= FINGERPRINT_BLOCKS * FINGERPRINT_BLOCK_BYTES:
+        yield 0, size
+        return
+    last = size - FINGERPRINT_BLOCK_BYTES
+    for block in range(FINGERPRINT_BLOCKS):
+        yield last * block // (FINGERPRINT_BLOCKS - 1), FINGERPRINT_BLOCK_BYTES

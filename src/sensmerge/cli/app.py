@@ -1,0 +1,97 @@
+"""The command's frame: its subcommands, its version, and how failures become four lines and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from .. import __version__
+from . import calibrate, coefficients, demo, evaluate, listing, merge
+from .terminal import fail, listening_terminal
+
+app = typer.Typer(
+    name="sensmerge",
+    help="Merge fine-tuned language models with coefficients measured from data (Sens-Merging, arXiv 2502.12420).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("calibrate")(calibrate.calibrate)
+app.command("coefficients")(coefficients.coefficients)
+app.command("merge")(merge.merge)
+app.command("evaluate")(evaluate.evaluate)
+app.command("list")(listing.listing)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sensmerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwind like an interrupt, so that partial work is cleaned up, and exit with 143."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 130/143 interrupted, else the error's own code (see sensmerge.errors)."""
+    from ..errors import SensmergeError
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with listening_terminal():
+            app(standalone_mode=False)
+    except SensmergeError as error:
+        fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted: nothing was overwritten; the same command starts again and re-uses what was measured", 130)
+    except Terminated:
+        fail("terminated: nothing was overwritten; the same command starts again and re-uses what was measured", 143)
+    except BrokenPipeError:
+        # The reader of our output has gone (`sensmerge … | head`): not a failure worth a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except SystemExit:
+        raise
+    except Exception as error:
+        _fail_usage_or_bug(error)
+    sys.exit(0)
+
+
+def _fail_usage_or_bug(error: Exception) -> NoReturn:
+    if hasattr(error, "format_message") and hasattr(error, "ctx"):
+        context = error.ctx
+        command = context.command_path if context is not None else "sensmerge"
+        fail(
+            f"{error.format_message()}\n  where: {command}\n  why:   the command line cannot be understood\n"
+            f"  fix:   {command} --help",
+            2,
+        )
+    import traceback
+
+    traceback.print_exc()
+    fail(
+        f"this is a bug in sensmerge: {error!r}\n  where: the traceback above\n  why:   no input should cause it\n"
+        "  fix:   please report it with the command, the recipe and the traceback",
+        1,
+    )

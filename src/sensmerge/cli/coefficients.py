@@ -1,0 +1,73 @@
+"""`sensmerge coefficients RECIPE`: the coefficients, from kept profiles, without loading a model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import progress
+from .arguments import AsJson, Device, ProfilesDir, RecipePath
+from .terminal import print_table
+
+if TYPE_CHECKING:
+    from ..records import Coefficients
+
+
+def show(result: Coefficients) -> None:
+    """Print the coefficients as a table: what multiplies each expert's task vector in each layer, τ, and the spread."""
+    scale = "auto" if result.lambda_ is None else f"{result.lambda_:g}"
+    title = f"Coefficients: preset {result.preset}, rule {result.rule}, T = {result.temperature:g}, lambda = {scale}"
+    rows = [
+        [layer, *(f"{row[at]:.4f}" for row in result.weights), *(f"{row[at]:.4f}" for row in result.alpha)]
+        for at, layer in enumerate(result.layers)
+    ]
+    rows += [
+        [
+            f"({role})",
+            *(f"{result.total * s * w * (result.lambda_ or 1.0):.4f}" for s, w in zip(sigma, result.w, strict=True)),
+        ]
+        + [""] * len(sigma)
+        for role, sigma in result.other.items()
+    ]
+    rows.append(["tau", *(f"{tau:.4f}" for tau in result.tau), *([""] * len(result.tau))])
+    columns = ["layer", *result.models, *(f"alpha {name}" for name in result.models)]
+    print_table(title, columns, rows)
+    print(f"spread max|K*sigma - 1| = {result.spread:.4f}")
+
+
+def coefficients(
+    recipe: RecipePath,
+    temperature: Annotated[float | None, typer.Option(help="T of the softmax (eq. 6).")] = None,
+    rule: Annotated[str | None, typer.Option(help="Coefficient rule; see `sensmerge list rules`.")] = None,
+    total: Annotated[str | None, typer.Option(help="Sum of the coefficients: K or a number.")] = None,
+    axis: Annotated[str | None, typer.Option(help="Sum of distances in eq. 5: row or column.")] = None,
+    direction: Annotated[str | None, typer.Option(help="distance or similarity.")] = None,
+    other: Annotated[
+        str | None, typer.Option(help="Tensors outside the blocks: block_mean, own_group, base, uniform.")
+    ] = None,
+    profiles: ProfilesDir = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Show the coefficients of a recipe; measures only what was not measured before."""
+    from ..pipeline import weigh
+    from ..recipe import load_recipe, with_settings
+
+    changes = {
+        "rule": rule,
+        "total": total,
+        "axis": axis,
+        "direction": direction,
+        "other": other,
+        "temperature": temperature,
+    }
+    loaded = with_settings(load_recipe(recipe), changes)
+    result = weigh(loaded, profiles_dir=profiles, device=device)
+    for warning in result.warnings:
+        progress.warning(warning)
+    if as_json:
+        print(json.dumps(json.loads(result.to_json()), indent=2))
+        return
+    show(result)

@@ -1,0 +1,120 @@
+"""How the command speaks: progress bars on a terminal, plain lines elsewhere, all on standard error; results on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from .. import progress
+
+# Without a terminal a running task says where it stands at most this often.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def fail(text: str, code: int) -> NoReturn:
+    """Print an error on standard error and exit with `code`."""
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def print_json(value: Any) -> None:
+    """A command's result as one JSON document on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; the first column is text, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    # A pipe has no width: give the table all it needs instead of cutting it.
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(80, Console(width=1000).measure(table).maximum))
+    console.print(table)
+
+
+class PlainListener:
+    """Progress as plain lines, for logs and pipes."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """One line when the task ends, and one every ten seconds while it runs."""
+        started = spoken = time.monotonic()
+        done = 0
+
+        def advance(steps: int) -> None:
+            nonlocal done, spoken
+            done += steps
+            if time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+                spoken = time.monotonic()
+                self.message(f"{label}: {100 * done // max(total, 1)} %")
+
+        yield advance
+        self.message(f"{label}: done in {time.monotonic() - started:.1f} s")
+
+    def message(self, text: str) -> None:
+        """One line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def warning(self, text: str) -> None:
+        """One line that begins with "warning"."""
+        self.message(f"warning: {text}")
+
+
+class TerminalListener:
+    """Progress bars, drawn by rich on standard error."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+        self._live: Any = None
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar with its percentage and the time left; tasks inside a task share the display."""
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        outermost = self._live is None
+        if outermost:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._live.start()
+        bar = self._live.add_task(label, total=max(total, 1))
+        try:
+            yield lambda steps: self._live.update(bar, advance=steps)
+        finally:
+            if outermost:
+                self._live.stop()
+                self._live = None
+
+    def message(self, text: str) -> None:
+        """One line above the bars."""
+        self._console.print(text, markup=False)
+
+    def warning(self, text: str) -> None:
+        """One yellow line."""
+        self._console.print(f"warning: {text}", style="yellow", markup=False)
+
+
+@contextmanager
+def listening_terminal() -> Iterator[None]:
+    """Show progress and messages the way standard error allows."""
+    listener: progress.Listener = TerminalListener() if sys.stderr.isatty() else PlainListener()
+    with progress.listening(listener):
+        yield

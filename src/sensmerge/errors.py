@@ -1,0 +1,72 @@
+"""The exception tree: every failure a user can cause or meet has a class, an exit code and a four-line message.
+
+Exit codes (the promise made to scripts): 0 done; 1 a bug of ours; 2 usage or recipe; 3 bad input file; 4 models that do not
+fit together; 5 calibration data; 6 disk, RAM or GPU; 7 output busy or not empty; 8 non-finite numbers; 9 evaluation;
+130/143 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SensmergeError(Exception):
+    """A failure told in four lines: what happened, where, why, and a fix that works when pasted.
+
+    `what` is one sentence; `where` names the model, tensor, file or line; `why` is the rule that was broken; `fix` is what to
+    type or change. `str(error)` is the four-line message.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str, why: str, fix: str) -> None:
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+        super().__init__(f"{what}\n  where: {where}\n  why:   {why}\n  fix:   {fix}")
+
+
+class RecipeError(SensmergeError):
+    """Wrong usage of a command, or a recipe that cannot be read as one."""
+
+    exit_code = 2
+
+
+class InputFileError(SensmergeError):
+    """A model, profile or record file that is missing, damaged or not what it claims to be."""
+
+    exit_code = 3
+
+
+class IncompatibleModelsError(SensmergeError):
+    """Models that do not fit together: other tensors, other shapes, another base."""
+
+    exit_code = 4
+
+
+class CalibrationDataError(SensmergeError):
+    """Calibration samples that are missing, malformed or hold nothing to learn from."""
+
+    exit_code = 5
+
+
+class ResourceError(SensmergeError):
+    """Not enough disk, memory or GPU."""
+
+    exit_code = 6
+
+
+class OutputError(SensmergeError):
+    """An output folder that is not empty, or that would overwrite an input."""
+
+    exit_code = 7
+
+
+class NonFiniteError(SensmergeError):
+    """NaN or infinity in a weight, a gradient or a result."""
+
+    exit_code = 8
+
+
+class EvaluationError(SensmergeError):
+    """An evaluation that cannot run."""
+
+    exit_code = 9

@@ -1,0 +1,88 @@
+"""The pipeline (floor 6), the only orchestrator: calibrate -> coefficients -> tune -> plan -> merge -> describe -> commit.
+
+Each public function takes a Recipe from `load_recipe`, and keeps what it measures as files that the next call finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..recipe import checked_setting, settings_of
+from ..records import Alignment, Coefficients, MergePlan, Recipe, SensitivityProfile, SensSettings
+from ..rules.compute import compute
+from .calibrating import Calibration, calibrate_models, profiles_folder
+from .merging import SHARD_BYTES, MergeResult, check_output, merge
+from .models import expert_names, open_models
+from .weighing import coefficients_of, measurements, needs_calibration, sized
+
+
+def calibrate(
+    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto"
+) -> tuple[list[SensitivityProfile], Alignment | None]:
+    """Measure every expert of `recipe` (eq. 1-4), or read what was measured before from `profiles_dir` (`<recipe>.sens/`).
+
+    Returns the profiles in recipe order and the distances between the experts. Raises RecipeError without a `sens:` block,
+    CalibrationDataError before any model is loaded, NonFiniteError.
+    """
+    settings_of(recipe)
+    folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
+    with open_models(recipe) as models:
+        calibration = calibrate_models(recipe, models, folder, device)
+    return list(calibration.profiles), calibration.alignment
+
+
+def coefficients(
+    profiles: Sequence[SensitivityProfile],
+    alignment: Alignment | None,
+    *,
+    weights: Sequence[float] | None = None,
+    scale: float | None = 1.0,
+    **settings: Any,
+) -> Coefficients:
+    """Coefficients from measurements (eq. 5-7), pure and instant; `settings` are keys of `sens:`, the rest as `preset: paper`.
+
+    `weights` are the recipe's w_i (1 if not given), `scale` its λ. Raises RecipeError for an unknown key or value.
+    """
+    checked = {key: checked_setting(key, value, f"coefficients(…, {key}=…)") for key, value in settings.items()}
+    names = alignment.models if alignment is not None else expert_names([profile.model for profile in profiles])
+    return compute(
+        measurements(profiles, alignment, names),
+        SensSettings(**checked),
+        weights=[1.0] * len(profiles) if weights is None else weights,
+        scale=scale,
+    )
+
+
+def weigh(recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto") -> Coefficients:
+    """The coefficients of a recipe, kept as `coefficients.json` in `profiles_dir`; calibrates first where it must.
+
+    With valid profiles no model is loaded. λ is null while it is `auto`.
+    """
+    folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
+    with open_models(recipe) as models:
+        recipe = sized(recipe, models)
+        calibration: Calibration | None = None
+        if needs_calibration(recipe):
+            calibration = calibrate_models(recipe, models, folder, device)
+        result = coefficients_of(recipe, models, calibration)
+    result.save(folder / "coefficients.json")
+    return result
+
+
+def dry_run(recipe: Recipe, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> MergePlan:
+    """What `merge` would write and read, from headers alone; coefficients and λ that are not measured yet count as 1.
+
+    Raises what `merge` would raise before it reads a weight.
+    """
+    from ..plan import make_plan
+
+    with open_models(recipe) as models:
+        check_output(recipe, models, Path(out), overwrite)
+        recipe = sized(recipe, models)
+        scale = recipe.lambda_ if isinstance(recipe.lambda_, float) else 1.0
+        return make_plan(recipe, models.base, models.experts, coefficients=None, scale=scale, shard_bytes=shard_bytes)
+
+
+__all__ = ["MergeResult", "calibrate", "coefficients", "dry_run", "merge", "weigh"]

@@ -1,0 +1,277 @@
+"""A merge from recipe to folder: calibrate, weigh, tune, plan, write, describe, rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from .. import progress
+from ..checkpoints.writer import output_config
+from ..errors import OutputError, RecipeError
+from ..execution.run import execute
+from ..plan import make_plan
+from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_atomically
+from ..report.model_card import is_hub_id, model_card
+from ..rules.compute import applied
+from .calibrating import Calibration, calibrate_models, calibration_set, profiles_folder
+from .models import TOKENIZER_FILES, RecipeModels, open_models, search_folders
+from .weighing import coefficients_of, needs_calibration, sized
+
+SHARD_BYTES = 5_000_000_000
+VERSIONED = ("sensmerge", "numpy", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Where the merged model is, and what it was made with."""
+
+    folder: Path
+    plan: MergePlan
+    coefficients: Coefficients | None
+    scale: float
+    hashes: Mapping[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything a merge needs before the first weight is written."""
+
+    recipe: Recipe
+    calibration: Calibration | None
+    coefficients: Coefficients | None
+    scale_record: Scale | None
+    plan: MergePlan
+
+
+def check_output(recipe: Recipe, models: RecipeModels, out: Path, overwrite: bool) -> None:
+    """Raise OutputError unless `out` is absent, empty, or may be overwritten; never if it touches an input."""
+    target = out.resolve()
+    for model in models.all:
+        if target == model.path or target in model.path.parents or model.path in target.parents:
+            raise OutputError(
+                "the output folder would overwrite a model of the recipe",
+                where=str(out),
+                why=f"it is, holds, or lies in the folder of '{model.label}'",
+                fix="choose another output folder",
+            )
+    if out.exists() and not out.is_dir():
+        raise OutputError(
+            "the output exists and is no folder",
+            where=str(out),
+            why="a file is in its place",
+            fix="choose another name",
+        )
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise OutputError(
+            "the output folder is not empty",
+            where=str(out),
+            why="nothing that exists is overwritten unless you say so",
+            fix=f"sensmerge merge {recipe.path} {out} --overwrite",
+        )
+
+
+@contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    `out` is the old folder or the complete new one, except for the instant between two renames when an old one is replaced. Not
+    covered: a kill leaves the staging folder (a dot, the output's name, random letters) behind.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        staging.chmod(0o755)
+        yield staging
+        if out.is_dir() and any(out.iterdir()):
+            old = staging.with_name(f"{staging.name}.old")
+            out.rename(old)
+            try:
+                staging.rename(out)
+            except OSError:
+                old.rename(out)
+                raise
+            shutil.rmtree(old)
+        else:
+            staging.rename(out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _tuned_scale(
+    recipe: Recipe,
+    models: RecipeModels,
+    calibration: Calibration,
+    coefficients: Coefficients,
+    plan: MergePlan,
+    folder: Path,
+    device: str,
+) -> Scale:
+    from ..calibration.models import choose_device
+    from ..tuning.scale import choose_scale
+
+    assert models.base is not None
+    assert recipe.sens is not None
+    inputs = hash_of(
+        "scale 1",
+        coefficients.inputs,
+        plan.method,
+        dict(plan.options),
+        models.base.fingerprint(),
+        [profile.inputs for profile in calibration.profiles],
+        recipe.sens.compute_dtype,
+    )
+    # One file for each set of coefficients: recipes that share a folder must not undo each other's work.
+    path = folder / "scales" / f"{inputs[:16]}.json"
+    if path.is_file():
+        kept = Scale.load(path)
+        if kept.inputs == inputs:
+            return kept
+    scale = choose_scale(
+        plan,
+        models.base,
+        models.base.path,
+        [models.experts[index] for index in plan.order],
+        {name: calibration_set(profile) for name, profile in zip(models.names, calibration.profiles, strict=True)},
+        device=choose_device(device),
+        compute_dtype=recipe.sens.compute_dtype,
+        inputs=inputs,
+    )
+    scale.save(path)
+    return scale
+
+
+def _check_given(given: Coefficients, recipe: Recipe, models: RecipeModels) -> None:
+    """Coefficients handed to `merge` must be of these models, in this order; raises RecipeError otherwise."""
+    if list(given.models) != list(models.names):
+        raise RecipeError(
+            "these coefficients belong to other models",
+            where=recipe.where(),
+            why=f"they are for {', '.join(given.models)}; the recipe has {', '.join(models.names)}",
+            fix="compute them from this recipe's profiles, in the recipe's order",
+        )
+
+
+def _prepare(
+    recipe: Recipe, models: RecipeModels, given: Coefficients | None, folder: Path, device: str, shard_bytes: int
+) -> _Prepared:
+    recipe = sized(recipe, models)
+
+    def plan_with(coefficients: Coefficients | None, scale: float) -> MergePlan:
+        return make_plan(
+            recipe, models.base, models.experts, coefficients=coefficients, scale=scale, shard_bytes=shard_bytes
+        )
+
+    # Models that do not fit together are refused before anything is measured.
+    plan_with(None, 1.0)
+    calibration, coefficients, record = None, None, None
+    scale = 1.0 if recipe.lambda_ is None else recipe.lambda_
+    if recipe.sens is not None and needs_calibration(recipe):
+        calibration = calibrate_models(recipe, models, folder, device)
+    if given is not None:
+        _check_given(given, recipe, models)
+        weights = [expert.weight for expert in recipe.models]
+        coefficients = applied(given, weights, None if isinstance(scale, str) else scale)
+    elif recipe.sens is not None:
+        coefficients = coefficients_of(recipe, models, calibration)
+    if isinstance(scale, str):
+        assert calibration is not None
+        assert coefficients is not None
+        record = _tuned_scale(recipe, models, calibration, coefficients, plan_with(coefficients, 1.0), folder, device)
+        scale = record.lambda_
+        coefficients = applied(coefficients, coefficients.w, scale)
+    for warning in [] if coefficients is None else coefficients.warnings:
+        progress.warning(warning)
+    return _Prepared(recipe, calibration, coefficients, record, plan_with(coefficients, scale))
+
+
+def _copy_companions(recipe: Recipe, models: RecipeModels, staging: Path) -> None:
+    """config.json with the output's dtype, generation_config.json and the tokenizer, from the base or else the first model."""
+    donor = models.base or models.experts[0]
+    config = output_config(donor.config, recipe.out_dtype or recipe.dtype)
+    (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in ("generation_config.json", *TOKENIZER_FILES):
+        if (donor.path / name).is_file():
+            shutil.copyfile(donor.path / name, staging / name)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONED}}
+
+
+def _describe(
+    prepared: _Prepared, models: RecipeModels, staging: Path, hashes: Mapping[str, str], seconds: float
+) -> None:
+    """The model card, the recipe, and everything under sensmerge/."""
+    recipe, coefficients = prepared.recipe, prepared.coefficients
+    folders = search_folders(recipe)
+    parents = [name for name in (recipe.base_model, *(expert.model for expert in recipe.models)) if name is not None]
+    hub_ids = [name for name in parents if is_hub_id(name, any((folder / name).exists() for folder in folders))]
+    (staging / "README.md").write_text(model_card(recipe, coefficients, hub_ids, prepared.plan.scale), encoding="utf-8")
+    (staging / "sensmerge.yml").write_text(recipe.text, encoding="utf-8")
+    records = staging / "sensmerge"
+    if coefficients is not None:
+        coefficients.save(records / "coefficients.json")
+    if prepared.calibration is not None:
+        for name, profile in zip(models.names, prepared.calibration.profiles, strict=True):
+            profile.save(records / "profiles" / f"{name}.json")
+        if prepared.calibration.alignment is not None:
+            prepared.calibration.alignment.save(records / "alignment.json")
+    if prepared.scale_record is not None:
+        prepared.scale_record.save(records / "scale.json")
+    merge = {
+        "schema": 1,
+        "method": recipe.merge_method,
+        "options": dict(prepared.plan.options),
+        "lambda": prepared.plan.scale,
+        "inputs": {model.label: model.fingerprint() for model in models.all},
+        "outputs": dict(hashes),
+        "versions": _versions(),
+        "seed": None if recipe.sens is None else recipe.sens.seed,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 3),
+        "warnings": [] if coefficients is None else coefficients.warnings,
+    }
+    write_atomically(records / "merge.json", json.dumps(merge, indent=2, ensure_ascii=False) + "\n")
+
+
+def merge(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    coefficients: Coefficients | None = None,
+    profiles_dir: str | Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> MergeResult:
+    """Merge the models of `recipe` into the folder `out`: a model that `transformers` loads, with all that explains it.
+
+    Calibrates first where the recipe has a `sens:` block and no valid files exist in `profiles_dir` (default: `<recipe>.sens/`);
+    `coefficients` replaces the recipe's own rule. `out` is untouched until the merge is complete. Raises the errors of
+    sensmerge.errors. Cost of the merge itself: one read of every input byte, one write of every output byte, constant memory.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
+    with open_models(recipe) as models:
+        check_output(recipe, models, out, overwrite)
+        prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
+        with staging_folder(out) as staging:
+            hashes = execute(
+                prepared.plan, models.base, [models.experts[index] for index in prepared.plan.order], staging
+            )
+            _copy_companions(recipe, models, staging)
+            _describe(prepared, models, staging, hashes, time.monotonic() - started)
+    return MergeResult(
+        out, prepared.plan, prepared.coefficients, prepared.plan.scale, hashes, time.monotonic() - started
+    )

@@ -1,0 +1,109 @@
+"""From a calibration to coefficients: no model is loaded, so a sweep of temperatures or rules costs milliseconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..checkpoints.families import group_tensors
+from ..errors import InputFileError
+from ..recipe import settings_of
+from ..records import Alignment, Coefficients, Recipe, SensitivityProfile, SensSettings, hash_of
+from ..rules import RULES
+from ..rules.compute import Measurements, compute
+from ..rules.presets import PRESETS
+from ..rules.rule import Array
+from .calibrating import Calibration
+from .models import RecipeModels
+
+
+def measurements(
+    profiles: Sequence[SensitivityProfile], alignment: Alignment | None, names: Sequence[str]
+) -> Measurements:
+    """What the rules start from. Without an alignment all distances are zero, and τ is 1/K.
+
+    Raises InputFileError for profiles of different layers, or an alignment of other models.
+    """
+    first = profiles[0]
+    for profile in profiles[1:]:
+        if (profile.layers, profile.score, profile.loss) != (first.layers, first.score, first.loss):
+            raise InputFileError(
+                "these profiles cannot be combined",
+                where=f"profiles of '{first.model}' and '{profile.model}'",
+                why="they differ in layers, score or loss",
+                fix="calibrate all experts with the same settings",
+            )
+    if alignment is not None and len(alignment.models) != len(profiles):
+        raise InputFileError(
+            "the alignment does not belong to these profiles",
+            where=", ".join(alignment.models),
+            why=f"it has {len(alignment.models)} models, there are {len(profiles)} profiles",
+            fix="run `sensmerge calibrate` again",
+        )
+    grouping = group_tensors(list(first.tensors))
+    group_of = grouping.group_of
+    outside: dict[str, Array] = {
+        role: np.array([math.fsum(p.tensors[t] for t in p.tensors if group_of[t] == role) for p in profiles])
+        for role in grouping.roles
+    }
+    zero = [[0.0] * len(profiles) for _ in profiles]
+    return Measurements(
+        models=tuple(names),
+        layers=tuple(first.layers),
+        sensitivity=np.array([profile.sensitivity for profile in profiles]),
+        outside=outside,
+        distances=np.array(zero if alignment is None else alignment.distances),
+        inputs=hash_of([profile.inputs for profile in profiles], None if alignment is None else alignment.inputs),
+    )
+
+
+def unmeasured(models: RecipeModels, settings: SensSettings) -> Measurements:
+    """Measurements for a rule that needs none: every layer alike, every expert alike."""
+    grouping = group_tensors(list(models.experts[0].tensors), settings.group)
+    experts = len(models.experts)
+    return Measurements(
+        models=models.names,
+        layers=grouping.layers,
+        sensitivity=np.zeros((experts, len(grouping.layers))),
+        outside={role: np.zeros(experts) for role in grouping.roles},
+        distances=np.zeros((experts, experts)),
+        inputs=hash_of("unmeasured", [model.fingerprint() for model in models.experts]),
+    )
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether anything must be measured: not for a rule without data whose λ is a number and whose models name no data."""
+    rule = RULES.get(settings_of(recipe).rule, where="sens.rule")
+    named = any(expert.sens is not None for expert in recipe.models)
+    return rule.needs_sensitivity or rule.needs_distances or named or recipe.lambda_ == "auto"
+
+
+def sized(recipe: Recipe, models: RecipeModels) -> Recipe:
+    """`recipe` with λ and T filled in by model size, where its preset says so and it names none itself."""
+    settings = recipe.sens
+    if settings is None or not PRESETS[settings.preset].by_size:
+        return recipe
+    donor = models.base or models.experts[0]
+    scale, temperature = PRESETS[settings.preset].for_size(donor.parameters)
+    sens = settings if settings.temperature is not None else replace(settings, temperature=temperature)
+    return replace(recipe, sens=sens, lambda_=scale if recipe.lambda_ is None else recipe.lambda_)
+
+
+def coefficients_of(recipe: Recipe, models: RecipeModels, calibration: Calibration | None) -> Coefficients:
+    """The coefficients of a recipe (already `sized`); λ stays null while it is `auto`."""
+    settings = settings_of(recipe)
+    measured = (
+        unmeasured(models, settings)
+        if calibration is None
+        else measurements(calibration.profiles, calibration.alignment, models.names)
+    )
+    scale = 1.0 if recipe.lambda_ is None else recipe.lambda_
+    return compute(
+        measured,
+        settings,
+        weights=[expert.weight for expert in recipe.models],
+        scale=None if isinstance(scale, str) else scale,
+    )

@@ -1,0 +1,1 @@
+"""Tuning (floor 5): what is chosen by the loss of the merged model."""
