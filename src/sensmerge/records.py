@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -317,6 +318,12 @@ class TaskScore:
     samples: int
     stderr: float
     items: list[float]
+
+    @classmethod
+    def of(cls, metric: str, items: list[float]) -> TaskScore:
+        """The score of `items` (at least one, each 0 to 1); the standard error is the binomial one, √(p(1-p)/n)."""
+        share = math.fsum(items) / len(items)
+        return cls(metric, 100.0 * share, len(items), 100.0 * math.sqrt(share * (1.0 - share) / len(items)), items)
 
 
 @dataclass(frozen=True)

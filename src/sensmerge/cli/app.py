@@ -45,37 +45,44 @@ def options(
     """Options of the command itself."""
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived: unwind like an interrupt, so that partial work is cleaned up, and exit with 143."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived: unwind, so that partial work is cleaned up, and exit with 128 + the signal's number.
+
+    Not KeyboardInterrupt, which the argument parser would turn into an exit of its own.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    # A second signal must not interrupt the cleaning up after the first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Stopped(number)
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 130/143 interrupted, else the error's own code (see sensmerge.errors)."""
     from ..errors import SensmergeError
 
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         with listening_terminal():
-            app(standalone_mode=False)
+            returned = app(standalone_mode=False)
     except SensmergeError as error:
         fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted: nothing was overwritten; the same command starts again and re-uses what was measured", 130)
-    except Terminated:
-        fail("terminated: nothing was overwritten; the same command starts again and re-uses what was measured", 143)
+    except Stopped as stopped:
+        fail("stopped: nothing was overwritten; the same command starts again and re-uses what was measured", stopped.exit_code)
     except BrokenPipeError:
         # The reader of our output has gone (`sensmerge … | head`): not a failure worth a word.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except SystemExit:
-        raise
     except Exception as error:
         _fail_usage_or_bug(error)
-    sys.exit(0)
+    sys.exit(returned if isinstance(returned, int) else 0)
 
 
 def _fail_usage_or_bug(error: Exception) -> NoReturn:

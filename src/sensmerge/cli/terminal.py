@@ -26,16 +26,20 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; the first column is text, the others are numbers."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[Sequence[bool]] | None = None
+) -> None:
+    """A table on standard output; the first column is text, the others are numbers; `bold` marks cells."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left", header_style="bold")
     for at, column in enumerate(columns):
-        table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+        table.add_column(Text(column), justify="left" if at == 0 else "right", no_wrap=True)
+    for at, row in enumerate(rows):
+        marks = [False] * len(row) if bold is None else bold[at]
+        table.add_row(*(Text(text, "bold" if mark else "") for text, mark in zip(row, marks, strict=True)))
     console = Console(highlight=False)
     # A pipe has no width: give the table all it needs instead of cutting it.
     if not console.is_terminal:

@@ -1,0 +1,98 @@
+"""What an import costs, and that the built wheel is all a user needs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import sensmerge
+from tests.conftest import ROOT
+
+MEASURE = """
+import sys, time
+started = time.perf_counter()
+import sensmerge
+elapsed = time.perf_counter() - started
+assert not {"torch", "transformers", "numpy", "pydantic"} & sys.modules.keys(), sorted(sys.modules)
+print(elapsed)
+"""
+
+
+def test_importing_sensmerge_costs_next_to_nothing() -> None:
+    """Under 150 ms (the best of three, so that a busy machine does not decide) and neither torch nor transformers."""
+    times = [
+        float(subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 0.150, times
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\nsys.argv = ['sensmerge', '--help']\nfrom sensmerge.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
+        "assert not {'torch', 'transformers', 'numpy', 'yaml', 'pydantic'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "calibrate", "coefficients", "merge", "evaluate", "list"):
+        assert command in done.stdout
+
+
+def test_every_public_name_exists() -> None:
+    for name in sensmerge.__all__:
+        assert getattr(sensmerge, name) is not None
+    assert set(sensmerge.__all__) <= set(dir(sensmerge))
+    with pytest.raises(AttributeError, match="no attribute 'merg'"):
+        _ = sensmerge.merg
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built with what is installed: no network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(folder)]
+    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("sensmerge-*.whl"))
+
+
+def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """Installed from the wheel alone; the dependencies are lent by path, the project's own source is not."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    lent = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    place = subprocess.run(
+        [python, "-c", "import sensmerge; print(sensmerge.__file__)"], env=lent, capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path) in place.stdout
+    for arguments in (["--version"], ["list", "rules"], ["list", "tasks", "--json"], ["merge", "--help"]):
+        subprocess.run([tmp_path / "env" / "bin" / "sensmerge", *arguments], env=lent, capture_output=True, check=True)
+
+
+def test_the_wheel_declares_what_it_imports(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        requires = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
+        sources = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")]
+    declared = {line.split(">")[0].split("<")[0].split("=")[0].strip().lower() for line in requires if "extra ==" not in line}
+    imported = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"sensmerge"}
+    assert {"yaml": "pyyaml"}.get("yaml") in declared
+    assert {name for name in foreign if {"yaml": "pyyaml"}.get(name, name) not in declared} == set()
