@@ -44,7 +44,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sensmerge() -> Run:
     """Run the command in a process of its own; returns the finished process, never raises."""
 
-    def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "sensmerge", *map(str, arguments)]
         return subprocess.run(
             command, cwd=cwd, env={**os.environ, **QUIET, **(env or {})}, capture_output=True, text=True, check=False

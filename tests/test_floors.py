@@ -76,5 +76,7 @@ def test_no_rooms_for_odds_and_ends() -> None:
 
 
 def test_files_stay_small() -> None:
-    long = {str(path.relative_to(SOURCE)): lines for path in files() if (lines := len(path.read_text().splitlines())) > 400}
+    long = {
+        str(path.relative_to(SOURCE)): lines for path in files() if (lines := len(path.read_text().splitlines())) > 400
+    }
     assert long == {}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from oracle import llama64
+from tests.oracle import llama64
 from tests.oracle.families import FamilyFiles, FamilySpec, build_family, random_weights, train_tokenizer
 from tests.oracle.sens64 import (
     WITHOUT,

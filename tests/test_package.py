@@ -60,7 +60,18 @@ def test_every_public_name_exists() -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built with what is installed: no network."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-q",
+        "-w",
+        str(folder),
+    ]
     done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("sensmerge-*.whl"))
@@ -73,7 +84,11 @@ def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> 
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
     lent = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
     place = subprocess.run(
-        [python, "-c", "import sensmerge; print(sensmerge.__file__)"], env=lent, capture_output=True, text=True, check=True
+        [python, "-c", "import sensmerge; print(sensmerge.__file__)"],
+        env=lent,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert str(tmp_path) in place.stdout
     for arguments in (["--version"], ["list", "rules"], ["list", "tasks", "--json"], ["merge", "--help"]):
@@ -85,7 +100,9 @@ def test_the_wheel_declares_what_it_imports(wheel: Path) -> None:
         metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         requires = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
         sources = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")]
-    declared = {line.split(">")[0].split("<")[0].split("=")[0].strip().lower() for line in requires if "extra ==" not in line}
+    declared = {
+        line.split(">")[0].split("<")[0].split("=")[0].strip().lower() for line in requires if "extra ==" not in line
+    }
     imported = set()
     for source in sources:
         for node in ast.walk(ast.parse(source)):

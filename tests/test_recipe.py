@@ -65,7 +65,10 @@ def test_a_plain_recipe_is_read_as_written(tmp_path: Path) -> None:
     assert (recipe.merge_method, recipe.base_model, recipe.dtype, recipe.out_dtype) == (
         "task_arithmetic", "base", "bfloat16", None,
     )  # fmt: skip
-    assert [(expert.model, expert.weight, expert.line) for expert in recipe.models] == [("math", 0.5, 4), ("code", 1.0, 6)]
+    assert [(expert.model, expert.weight, expert.line) for expert in recipe.models] == [
+        ("math", 0.5, 4),
+        ("code", 1.0, 6),
+    ]
     assert recipe.lambda_ == 0.7
     assert recipe.options == {"normalize": False}
     assert recipe.sens is None
@@ -137,11 +140,20 @@ def test_lines_are_counted_the_same_behind_a_bom(tmp_path: Path, newline: str) -
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("1e-3", 0.001), ("1.0e-3", 0.001), ("2E+1", 20.0), ("-0.5", -0.5), ("3", 3.0), ("'0.25'", 0.25), ("0", 0.0), (".5", 0.5)],
+    [
+        ("1e-3", 0.001),
+        ("1.0e-3", 0.001),
+        ("2E+1", 20.0),
+        ("-0.5", -0.5),
+        ("3", 3.0),
+        ("'0.25'", 0.25),
+        ("0", 0.0),
+        (".5", 0.5),
+    ],
 )
 def test_numbers_are_numbers_however_spelt(tmp_path: Path, written: str, value: float) -> None:
     """YAML 1.1 takes 1e-3 for text; a user does not."""
-    recipe = load(tmp_path, PLAIN.replace("0.7", written).replace("0.5", written))
+    recipe = load(tmp_path, PLAIN.replace("0.7", "{0}").replace("{weight: 0.5}", "{{weight: {0}}}").format(written))
     assert recipe.lambda_ == value
     assert recipe.models[0].weight == value
 
@@ -242,7 +254,11 @@ TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_
 def _misspelt(word: str) -> list[str]:
     """A letter left out, two exchanged, one doubled: in the middle of the word."""
     at = len(word) // 2
-    forms = [word[:at] + word[at + 1 :], word[: at - 1] + word[at] + word[at - 1] + word[at + 1 :], word[:at] + word[at - 1 :]]
+    forms = [
+        word[:at] + word[at + 1 :],
+        word[: at - 1] + word[at] + word[at - 1] + word[at + 1 :],
+        word[:at] + word[at - 1 :],
+    ]
     return [form for form in dict.fromkeys(forms) if form != word]
 
 
@@ -320,7 +336,11 @@ def test_a_misspelt_value_of_sens(tmp_path: Path, key: str, wrong: str, right: s
 
 @pytest.mark.parametrize(
     ("key", "wrong", "right"),
-    [("merge_method", "task_arithmatic", "task_arithmetic"), ("dtype", "bfloat", "bfloat16"), ("dtype", "float_32", "float32")],
+    [
+        ("merge_method", "task_arithmatic", "task_arithmetic"),
+        ("dtype", "bfloat", "bfloat16"),
+        ("dtype", "float_32", "float32"),
+    ],
 )
 def test_a_misspelt_method_or_dtype(tmp_path: Path, key: str, wrong: str, right: str) -> None:
     lines = [f"{key}: {wrong}" if line.startswith(f"{key}:") else line for line in PLAIN.split("\n")]
@@ -337,7 +357,9 @@ def test_a_misspelt_method_or_dtype(tmp_path: Path, key: str, wrong: str, right:
      ("total", ".inf"), ("total", True), ("total", "[1]"), ("rule", "[softmax]"), ("distance", "{l2: 1}"), ("preset", "[]")],
 )  # fmt: skip
 def test_a_value_of_sens_that_cannot_be(tmp_path: Path, key: str, value: object) -> None:
-    error = refused(tmp_path, SENS.replace("preset: paper", f"{key}: {value}".lower() if value is True else f"{key}: {value}"))
+    error = refused(
+        tmp_path, SENS.replace("preset: paper", f"{key}: {value}".lower() if value is True else f"{key}: {value}")
+    )
     assert line_of(error) == 9
     assert key in error.what or "unknown" in error.what
 
@@ -363,7 +385,10 @@ def test_gradients_and_filters_are_refused_by_name(tmp_path: Path, value: str, o
 @pytest.mark.parametrize(
     ("text", "line", "name"),
     [
-        *((f"{PLAIN}{key}: x\n", 10, key) for key in ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")),
+        *(
+            (f"{PLAIN}{key}: x\n", 10, key)
+            for key in ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+        ),
         *((f"{PLAIN}".replace("lambda: 0.7", f"{key}: 1"), 8, key) for key in ("density", "rescale", "int8_mask", "t")),
     ],
 )
@@ -466,7 +491,7 @@ def test_a_fault_in_a_lambda_of_linear_comes_with_a_way_out(tmp_path: Path) -> N
         (b"merge_method: linear\nmodels: &loop [*loop]\n", None),
         (b"merge_method: \xff\xfe\n", None),
         (b"merge_method: linear\x00\n", None),
-        (b"merge_method: linear\nmodels: " + b"[" * 3000 + b"]" * 3000, None),
+        (b"merge_method: linear\nmodels: " + b"[" * 1200 + b"]" * 1200, None),
         (b"merge_method: linear\nmodels: [{model: a}]\ndtype: 2020-13-45\n", 3),
         (b"merge_method: linear\nmodels: [{model: a}]\n<<: {dtype: float32}\n", 3),
         (b"merge_method: linear\nmodels: [{model: a}]\n[a, b]: c\n", 3),
@@ -508,7 +533,22 @@ def test_a_recipe_cut_anywhere_never_ends_in_a_traceback(tmp_path: Path, cut: in
         assert error.exit_code == 2
 
 
-ODD = ("null", "[]", "{}", "''", "0", "true", "[[]]", "{a: 1}", "2020-01-01", "!!binary aGk=", "!!set {a}", "0x10", "~", "'\\n'")
+ODD = (
+    "null",
+    "[]",
+    "{}",
+    "''",
+    "0",
+    "true",
+    "[[]]",
+    "{a: 1}",
+    "2020-01-01",
+    "!!binary aGk=",
+    "!!set {a}",
+    "0x10",
+    "~",
+    "'\\n'",
+)
 PLACES: dict[str, Any] = {
     "merge_method": (PLAIN, "task_arithmetic"), "base_model": (PLAIN, "base_model: base"), "model": (PLAIN, "math"),
     "weight": (PLAIN, "0.5"), "lambda": (PLAIN, "0.7"), "dtype": (PLAIN, "bfloat16"), "data": (SENS, "math.jsonl"),

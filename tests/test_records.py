@@ -42,7 +42,14 @@ COEFFICIENTS = Coefficients(
 SCALE = Scale(1, 0.85, "mean over tasks", ["a"], [[0.1, 2.0, 2.0], [0.85, 1.0, 1.0]], "q")
 SCORES = Scores(1, "m", "f", {"t": TaskScore("accuracy", 50.0, 2, 35.35, [0.0, 1.0])}, 50.0, "i")
 
-RECORDS: list[Record] = [PROFILE, ALIGNMENT, COEFFICIENTS, dataclasses.replace(COEFFICIENTS, lambda_=None), SCALE, SCORES]
+RECORDS: list[Record] = [
+    PROFILE,
+    ALIGNMENT,
+    COEFFICIENTS,
+    dataclasses.replace(COEFFICIENTS, lambda_=None),
+    SCALE,
+    SCORES,
+]
 IDS = ["profile", "alignment", "coefficients", "lambda-null", "scale", "scores"]
 
 each_record = pytest.mark.parametrize("record", RECORDS, ids=IDS)
@@ -106,7 +113,8 @@ def _keys(record: Record) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("record", "key"), [(record, key) for record in (PROFILE, ALIGNMENT, COEFFICIENTS, SCALE, SCORES) for key in _keys(record)]
+    ("record", "key"),
+    [(record, key) for record in (PROFILE, ALIGNMENT, COEFFICIENTS, SCALE, SCORES) for key in _keys(record)],
 )
 def test_a_missing_key_is_named(record: Record, key: str) -> None:
     """Whatever key is taken away, the error names it and the file."""
@@ -243,7 +251,9 @@ def test_hash_of_is_the_sha256_of_canonical_json() -> None:
         hash_of(math.nan)
 
 
-@pytest.mark.parametrize(("shape", "elements"), [((), 1), ((0,), 0), ((3, 0, 2), 0), ((2, 3, 4), 24), ((2**40, 2**30), 2**70)])
+@pytest.mark.parametrize(
+    ("shape", "elements"), [((), 1), ((0,), 0), ((3, 0, 2), 0), ((2, 3, 4), 24), ((2**40, 2**30), 2**70)]
+)
 def test_elements_of_a_shape(shape: tuple[int, ...], elements: int) -> None:
     """A scalar is one element; no overflow."""
     assert TensorSpec("t", "F32", shape).elements == elements

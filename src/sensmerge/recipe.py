@@ -84,7 +84,15 @@ def _sens_settings(section: Section) -> tuple[SensSettings, Preset]:
             where = f"{section.path}:{section.line_of(field.name)}"
             defaults[field.name] = checked_setting(field.name, value, where)
     section.finish()
-    return SensSettings(**defaults), chosen
+    settings = SensSettings(**defaults)
+    if settings.positions == "last" and settings.loss == "all":
+        raise section.error(
+            "`positions: last` cannot be used with `loss: all`",
+            section.line_of("positions"),
+            "use `loss: response` with `positions: last`",
+            "the end of a prompt is where the loss begins, and with `loss: all` it begins at once",
+        )
+    return settings, chosen
 
 
 def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -240,8 +240,19 @@ def test_an_interrupt_leaves_nothing_half_done(
 ) -> None:
     """Stopped while it calibrates; the same command afterwards ends as if nothing had happened."""
     recipe = write_recipe(untrained, untrained.folder / f"stop-{code}.yml", sens={})
-    command = [sys.executable, "-m", "sensmerge", "merge", str(recipe), str(tmp_path / "out"), "--profiles", str(tmp_path / "p")]
-    process = subprocess.Popen(command, env={**os.environ, **QUIET}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "sensmerge",
+        "merge",
+        str(recipe),
+        str(tmp_path / "out"),
+        "--profiles",
+        str(tmp_path / "p"),
+    ]
+    process = subprocess.Popen(
+        command, env={**os.environ, **QUIET}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     for _ in range(600):
         if (tmp_path / "p" / "profiles" / "expert-a.json").exists():
             break

@@ -93,7 +93,9 @@ def test_the_order_of_the_experts_changes_no_byte(
     untrained: FamilyFiles, tmp_path: Path, name: str, sens: dict[str, Any], parameters: dict[str, Any] | None
 ) -> None:
     """The coefficients are permuted with the experts, measured anew for each order, and the model is the same file."""
-    first = recipe_of(untrained, tmp_path / f"order-{name}.yml", sens=sens, parameters=parameters, weights=(0.5, 1.0, 2.0))
+    first = recipe_of(
+        untrained, tmp_path / f"order-{name}.yml", sens=sens, parameters=parameters, weights=(0.5, 1.0, 2.0)
+    )
     order = (2, 0, 1)
     other = permuted(first, order, untrained.folder / f"order-{name}-permuted.yml")
     one = sm.merge(first, tmp_path / "one", profiles_dir=tmp_path / "kept-one").coefficients
@@ -179,7 +181,9 @@ def test_the_records_have_the_promised_keys(untrained: FamilyFiles, kept: Path, 
 
 
 def test_the_model_card_is_one(untrained: FamilyFiles, kept: Path, tmp_path: Path) -> None:
-    sm.merge(recipe_of(untrained, tmp_path / "card.yml", sens={"temperature": 0.05}), tmp_path / "out", profiles_dir=kept)
+    sm.merge(
+        recipe_of(untrained, tmp_path / "card.yml", sens={"temperature": 0.05}), tmp_path / "out", profiles_dir=kept
+    )
     _, head, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(head)
     assert front["library_name"] == "transformers"
@@ -197,7 +201,11 @@ def test_the_python_interface_of_the_readme(untrained: FamilyFiles, kept: Path, 
     given = sm.coefficients(profiles, alignment, temperature=0.05)
     result = sm.merge(recipe, tmp_path / "given", coefficients=given, profiles_dir=kept)
     same = recipe_of(
-        untrained, tmp_path / "file.yml", sens={"temperature": 0.05}, weights=(0.5, 1.0, 2.0), parameters={"lambda": 0.4}
+        untrained,
+        tmp_path / "file.yml",
+        sens={"temperature": 0.05},
+        weights=(0.5, 1.0, 2.0),
+        parameters={"lambda": 0.4},
     )
     expected = sm.merge(same, tmp_path / "file", profiles_dir=kept)
     assert_same_bits(weights(tmp_path / "given"), weights(tmp_path / "file"))
@@ -222,7 +230,9 @@ def test_a_base_among_the_models_counts_for_nothing(untrained: FamilyFiles, tmp_
 
 def test_linear_without_a_base_is_the_mean(untrained: FamilyFiles, tmp_path: Path) -> None:
     path = untrained.folder / "mean.yml"
-    path.write_text("merge_method: linear\nmodels:\n" + "".join(f"  - model: {expert}\n" for expert in untrained.experts))
+    path.write_text(
+        "merge_method: linear\nmodels:\n" + "".join(f"  - model: {expert}\n" for expert in untrained.experts)
+    )
     sm.merge(sm.load_recipe(path), tmp_path / "out")
     experts = [weights(expert) for expert in untrained.experts]
     for name, tensor in weights(tmp_path / "out").items():
@@ -235,7 +245,9 @@ def test_linear_without_a_base_is_the_mean(untrained: FamilyFiles, tmp_path: Pat
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, with its bytes."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def damaged_copy(family: FamilyFiles, tmp_path: Path, change: Any) -> Path:
@@ -352,7 +364,10 @@ def test_a_published_profile_replaces_data_and_must_fit(untrained: FamilyFiles, 
     path.write_text(yaml.safe_dump(content))
     sm.merge(sm.load_recipe(path), tmp_path / "published", profiles_dir=tmp_path / "other")
     assert_same_bits(weights(tmp_path / "measured"), weights(tmp_path / "published"))
-    content["models"][0]["sens"], content["models"][1]["sens"] = content["models"][1]["sens"], content["models"][0]["sens"]
+    content["models"][0]["sens"], content["models"][1]["sens"] = (
+        content["models"][1]["sens"],
+        content["models"][0]["sens"],
+    )
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(InputFileError, match="another model"):
         sm.merge(sm.load_recipe(path), tmp_path / "swapped", profiles_dir=tmp_path / "other")

@@ -81,22 +81,26 @@ def _reducing_gradients(model: Any, names: Mapping[str, str], reduce: Reduce, su
 
 
 def checkpoint_names(model: Any, stored: Sequence[str]) -> dict[str, str]:
-    """Each parameter's name in the checkpoint: the same, or with the base model's prefix taken off or put on.
+    """Each parameter's name in the checkpoint: one of its own (a tied one has two), with or without the base model's prefix.
 
     Raises IncompatibleModelsError for a parameter that the checkpoint stores under another name still.
     """
     known, prefix = set(stored), f"{getattr(model, 'base_model_prefix', '')}."
+    aliases: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
     names: dict[str, str] = {}
-    for name, _ in model.named_parameters():
-        match = next((form for form in (name, name.removeprefix(prefix), prefix + name) if form in known), None)
+    for own in aliases.values():
+        forms = [form for name in own for form in (name, name.removeprefix(prefix), prefix + name)]
+        match = next((form for form in forms if form in known), None)
         if match is None:
             raise IncompatibleModelsError(
                 "this architecture's parameters do not bear the names of its checkpoint",
-                where=f"parameter '{name}' of {type(model).__name__}",
+                where=f"parameter '{own[0]}' of {type(model).__name__}",
                 why="transformers renames or fuses tensors of this family while loading, so sums cannot be assigned to tensors",
                 fix="merge this family without a `sens:` block",
             )
-        names[name] = match
+        names[own[0]] = match
     return names
 
 

@@ -105,6 +105,9 @@ def group_tensors(names: Iterable[str], group: str = "block") -> Grouping:
         else:
             block = inside[name]
             group_of[name] = f"{block}.{_module(name[len(block) + 1 :], inner_names[block], block)}"
+    if "embed" not in group_of.values():
+        # A tied matrix may be stored under the head's name alone; it is the embedding all the same.
+        group_of = {name: "embed" if part == "lm_head" else part for name, part in group_of.items()}
     layers = sorted({group_of[name] for name in inside}, key=natural_key)
     roles: list[Role] = [role for role in ("embed", "final_norm", "lm_head", "other") if role in group_of.values()]
     return Grouping(tuple(layers), tuple(roles), group_of)
