@@ -19,7 +19,10 @@ from .rules.presets import Preset, preset
 from .yamlfile import Section, read_yaml
 
 # mergekit's keys that would change a merge and are not built yet: refused by name.
+TOP_LEVEL = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "sens")
 UNSUPPORTED = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "merge_parameters")
+
+METHOD_PARAMETERS = ("density", "rescale", "int8_mask", "gamma", "epsilon", "t", "normalize", "lambda")
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "template": ("none", "chat"),
@@ -74,6 +77,7 @@ def checked_setting(key: str, value: Any, where: str) -> Any:
 
 
 def _sens_settings(section: Section) -> tuple[SensSettings, Preset]:
+    section.allow(field.name for field in fields(SensSettings))
     chosen = preset(section.text("preset", "paper") or "paper", where=f"{section.path}:{section.line_of('preset')}")
     defaults: dict[str, Any] = {"preset": chosen.name, **chosen.settings}
     if chosen.by_size:
@@ -83,7 +87,6 @@ def _sens_settings(section: Section) -> tuple[SensSettings, Preset]:
         if value is not None:
             where = f"{section.path}:{section.line_of(field.name)}"
             defaults[field.name] = checked_setting(field.name, value, where)
-    section.finish()
     settings = SensSettings(**defaults)
     if settings.positions == "last" and settings.loss == "all":
         raise section.error(
@@ -120,22 +123,24 @@ def settings_of(recipe: Recipe) -> SensSettings:
 
 
 def _source(section: Section) -> SensSource:
+    section.allow(("data", "profile"))
+    if ("data" in section) == ("profile" in section):
+        raise section.error(
+            "a model's `sens:` needs either data or a profile", section.line, "write `sens: {data: FILE.jsonl}`"
+        )
     if section.is_section("data"):
         data = section.section("data")
         assert data is not None
+        data.allow(("path", *FIELDS), unsupported=("name", "split", "revision"))
         path = data.text("path")
         names = {field: name for field in FIELDS if (name := data.text(field)) is not None}
-        data.finish(unsupported=("name", "split", "revision"))
         if path is None:
             raise data.error("`data:` needs a path", data.line, "write `data: {path: FILE.jsonl}`")
-        source = SensSource(data=path, fields=names)
-    else:
-        source = SensSource(data=section.text("data"), profile=section.text("profile"))
-    section.value("profile")
-    section.finish()
-    if (source.data is None) == (source.profile is None):
+        return SensSource(data=path, fields=names)
+    source = SensSource(data=section.text("data"), profile=section.text("profile"))
+    if not source.data and not source.profile:
         raise section.error(
-            "a model's `sens:` needs either data or a profile", section.line, "write `sens: {data: FILE.jsonl}`"
+            "a model's `sens:` names no file", section.line, "write `sens: {data: FILE.jsonl}`", "its value is empty"
         )
     return source
 
@@ -152,17 +157,17 @@ def _number_only(section: Section, key: str, default: float) -> float:
 
 
 def _expert(section: Section, default_weight: float) -> Expert:
+    section.allow(("model", "parameters", "sens"))
     model = section.text("model")
     if not model:
         raise section.error("a model entry has no `model:`", section.line, "write `- model: FOLDER`")
     parameters = section.section("parameters")
     weight = default_weight
     if parameters is not None:
+        parameters.allow(("weight",), unsupported=METHOD_PARAMETERS)
         weight = _number_only(parameters, "weight", default_weight)
-        parameters.finish()
     sens = section.section("sens")
     source = None if sens is None else _source(sens)
-    section.finish()
     return Expert(model, weight, source, section.line)
 
 
@@ -179,6 +184,7 @@ def _parameters(top: Section, method: Method) -> tuple[float | str | None, dict[
     section = top.section("parameters")
     if section is None:
         return None, options, 1.0
+    section.allow(("lambda", "weight", *method.options), unsupported=METHOD_PARAMETERS)
     scale: float | str | None = None
     if "lambda" in section:
         if not method.adds:
@@ -193,7 +199,6 @@ def _parameters(top: Section, method: Method) -> tuple[float | str | None, dict[
         assert isinstance(default, bool)
         options[name] = section.truth(name, default)
     weight = _number_only(section, "weight", 1.0)
-    section.finish(unsupported=("density", "rescale", "int8_mask", "gamma", "epsilon", "t"), also_known=["lambda"])
     return scale, options, weight
 
 
@@ -254,6 +259,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file (a mergekit file, with or without `sens:`). Raises RecipeError with line and suggestion."""
     path = Path(path)
     text, top = read_yaml(path)
+    top.allow(TOP_LEVEL, unsupported=UNSUPPORTED)
     name = top.text("merge_method")
     if not name:
         raise top.error("the recipe has no merge_method", top.line, "add `merge_method: task_arithmetic`")
@@ -272,7 +278,7 @@ def load_recipe(path: str | Path) -> Recipe:
     if "sens" in top and sens_section is None:
         raise top.error("`sens:` is empty", top.line_of("sens"), "write `sens: {preset: paper}`")
     sens, chosen = (None, None) if sens_section is None else _sens_settings(sens_section)
-    if chosen is not None and scale is None and chosen.lambda_ is not None:
+    if chosen is not None and scale is None and (chosen.lambda_ is not None or chosen.by_size):
         if not method.adds:
             raise top.error(
                 f"`preset: {chosen.name}` chooses lambda, and merge method '{name}' has none",
@@ -281,7 +287,6 @@ def load_recipe(path: str | Path) -> Recipe:
             )
         scale = chosen.lambda_
     dtype, out_dtype = _dtype(top, "dtype"), _dtype(top, "out_dtype")
-    top.finish(unsupported=UNSUPPORTED, also_known=["parameters", "models", "sens"])
     if base is not None and name != "linear":
         # A base listed among the models has no task vector: mergekit's habit, which means nothing but the base.
         models = tuple(expert for expert in models if expert.model != base)

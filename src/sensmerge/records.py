@@ -39,7 +39,7 @@ def write_atomically(path: Path, text: str) -> None:
 class Record:
     """What all records share: JSON in, JSON out, and a clear error for a file that is not one."""
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
     SCHEMA: ClassVar[int] = 1
 
     def to_json(self) -> str:
@@ -61,7 +61,9 @@ class Record:
             raise InputFileError(
                 f"this file is not a {kind}", where=f"{source}:{error.lineno}:{error.colno}", why=error.msg, fix=remake
             ) from error
-        if not isinstance(data, dict) or data.get("schema") != cls.SCHEMA:
+        except (ValueError, RecursionError) as error:
+            raise InputFileError(f"this file is not a {kind}", where=source, why=str(error), fix=remake) from error
+        if not isinstance(data, dict) or data.get("schema") != cls.SCHEMA or isinstance(data["schema"], bool):
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise InputFileError(
                 f"this file is not a {kind} of this version",
@@ -69,7 +71,7 @@ class Record:
                 why=f"schema {cls.SCHEMA} is needed, found {found!r}",
                 fix=remake,
             )
-        renamed = {(f"{key}_" if key in _KEYWORDS else key): value for key, value in data.items()}
+        renamed = {_FIELD_NAMES.get(key, key): value for key, value in data.items()}
         try:
             return TypeAdapter(cls).validate_python(renamed)
         except ValidationError as error:
@@ -98,7 +100,8 @@ class Record:
         return cls.from_json(text, source=str(path))
 
 
-_KEYWORDS = frozenset({"lambda"})
+# `lambda` is a Python keyword. The second entry keeps Python's spelling from being taken as a key of the file.
+_FIELD_NAMES = {"lambda": "lambda_", "lambda_": "lambda"}
 
 
 def _plain(value: Any) -> Any:

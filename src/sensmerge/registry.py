@@ -41,6 +41,7 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str, places: Mapping[str, str], group: str) -> None:
         self.kind = kind
+        self._built_in = frozenset(places)
         self._places = dict(places)
         self._group = group
         self._plugins_read = False
@@ -48,9 +49,8 @@ class Registry(Generic[T]):
     def _read_plugins(self) -> None:
         if self._plugins_read:
             return
-        self._plugins_read = True
         for point in entry_points(group=self._group):
-            if point.name in self._places:
+            if point.name in self._built_in:
                 raise RecipeError(
                     f"two packages define the {self.kind} '{point.name}'",
                     where=f"entry point {point.value}",
@@ -58,6 +58,7 @@ class Registry(Generic[T]):
                     fix="rename the entry point, or uninstall one of the packages",
                 )
             self._places[point.name] = point.value
+        self._plugins_read = True
 
     def names(self) -> list[str]:
         """All known names, sorted; imports nothing but entry-point metadata."""

@@ -1,6 +1,6 @@
 """YAML with line numbers: a mapping whose every key remembers where it stands, so that each fault can be shown to the user.
 
-Duplicate keys are refused, and `finish()` refuses keys that nobody asked for, with the nearest known one.
+Duplicate keys are refused, and `allow()` refuses keys that are not known, with the nearest known one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Section:
         self._construct = construct
         self._nodes: dict[str, yaml.Node] = {}
         self._lines: dict[str, int] = {}
-        self._asked: list[str] = []
         if not isinstance(node, yaml.MappingNode):
             raise self.error(
                 f"{name or 'the recipe'} must be a mapping of keys to values", self.line, "use `key: value` lines"
@@ -50,7 +49,6 @@ class Section:
 
     def value(self, key: str) -> Any:
         """The plain value of a key, None if it is absent."""
-        self._asked.append(key)
         return self._construct(self._nodes[key]) if key in self._nodes else None
 
     def text(self, key: str, default: str | None = None) -> str | None:
@@ -73,7 +71,7 @@ class Section:
             if isinstance(value, bool) or not isinstance(value, (int, float, str)):
                 raise ValueError
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise self._wrong(key, value, "a number") from None
         if not math.isfinite(number):
             raise self._wrong(key, value, "a finite number")
@@ -90,7 +88,6 @@ class Section:
 
     def section(self, key: str) -> Section | None:
         """A mapping inside this one, None if it is absent or empty."""
-        self._asked.append(key)
         node = self._nodes.get(key)
         if node is None or (isinstance(node, yaml.ScalarNode) and self._construct(node) is None):
             return None
@@ -98,7 +95,6 @@ class Section:
 
     def sections(self, key: str) -> list[Section]:
         """A list of mappings inside this one."""
-        self._asked.append(key)
         node = self._nodes.get(key)
         if node is None:
             return []
@@ -110,26 +106,27 @@ class Section:
         """Whether the key holds a mapping."""
         return isinstance(self._nodes.get(key), yaml.MappingNode)
 
-    def finish(self, unsupported: Sequence[str] = (), also_known: Iterable[str] = ()) -> None:
-        """Refuse what nobody asked for: `unsupported` keys by name, others with the nearest known key."""
-        known = [*dict.fromkeys(self._asked), *also_known]
-        for key in self._nodes:
+    def allow(self, known: Iterable[str], unsupported: Sequence[str] = ()) -> None:
+        """Refuse every key that is not `known`: `unsupported` ones by name, others with the nearest known one."""
+        known = list(known)
+        for key, line in self._lines.items():
+            if key in known:
+                continue
             if key in unsupported:
                 raise self.error(
                     f"'{key}' is not supported yet",
-                    self._lines[key],
+                    line,
                     f"remove `{key}:` if the merge does not need it",
                     "it would change the result, so it is not ignored",
                 )
-            if key not in known:
-                near = suggestion(key, known)
-                place = f"in `{self.name}:`" if self.name else "at the top of a recipe"
-                raise self.error(
-                    f"unknown key '{key}' {place}",
-                    self._lines[key],
-                    f"did you mean '{near}'?" if near else "remove it",
-                    f"known here: {', '.join(sorted(known))}",
-                )
+            near = suggestion(key, known)
+            place = f"in `{self.name}:`" if self.name else "at the top of a recipe"
+            raise self.error(
+                f"unknown key '{key}' {place}",
+                line,
+                f"did you mean '{near}'?" if near else "remove it",
+                f"known here: {', '.join(sorted(known))}",
+            )
 
     def _wrong(self, key: str, value: Any, needed: str) -> RecipeError:
         return self.error(
@@ -156,9 +153,12 @@ def read_yaml(path: Path) -> tuple[str, Section]:
             why=f"{error.problem or error.context}",
             fix="mend this line; indent with blanks, never with tabs",
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(
-            "the recipe is not valid YAML", where=str(path), why=str(error), fix="mend the file; it must be plain text"
+            "the recipe is not valid YAML",
+            where=str(path),
+            why=str(error),
+            fix="mend the file; a recipe is plain text, a few levels deep",
         ) from error
     if node is None:
         raise RecipeError(
@@ -171,7 +171,7 @@ def read_yaml(path: Path) -> tuple[str, Section]:
     def construct(part: yaml.Node) -> Any:
         try:
             return loader.construct_object(part, deep=True)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RecipeError(
                 "the recipe holds a value that cannot be read",
                 where=f"{path}:{part.start_mark.line + 1}",

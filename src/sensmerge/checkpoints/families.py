@@ -16,8 +16,8 @@ from ..records import Role
 
 # Names outside the blocks, most telling first.
 _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
-    ("lm_head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.")),
-    ("embed", re.compile(r"(^|\.)(embed\w*|wte|wpe|tok_embeddings|word_embeddings|\w*_embeddings?)\.")),
+    ("lm_head", re.compile(r"(^|\.)(lm_head|embed_out)\.|^output\.")),
+    ("embed", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")),
     ("final_norm", re.compile(r"(^|\.)(norm|norm_f|ln_f|final_layer_?norm|final_norm|\w*layer_?norm)\.")),
 )
 _NORM_BEFORE_ATTENTION = re.compile(r"^(input_layernorm|ln_1|attention_norm|ln_attn)\.")
@@ -36,16 +36,24 @@ class Grouping:
     group_of: Mapping[str, str]
 
 
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit()
+
+
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts `layers.10` after `layers.9`."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
+    """Sorts `layers.10` after `layers.9`; numbers are compared as digits, however long."""
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    bare = [part.lstrip("0") for part in parts]
+    return tuple(
+        (0, len(digits), digits) if _is_number(part) else (1, 0, part) for part, digits in zip(parts, bare, strict=True)
+    )
 
 
 def _stack_prefix(names: Iterable[str]) -> str | None:
     members: dict[str, set[str]] = defaultdict(set)
     for name in names:
         parts = name.split(".")
-        first = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+        first = next((at for at, part in enumerate(parts) if _is_number(part)), None)
         if first is not None:
             members[".".join(parts[:first])].add(parts[first])
     return max(sorted(members), key=lambda prefix: len(members[prefix]), default=None)
@@ -55,7 +63,7 @@ def _block(name: str, prefix: str | None) -> str | None:
     if prefix is None or not name.startswith(f"{prefix}." if prefix else ""):
         return None
     number = name[len(prefix) + 1 if prefix else 0 :].split(".", 1)[0]
-    return (f"{prefix}.{number}" if prefix else number) if number.isdigit() else None
+    return (f"{prefix}.{number}" if prefix else number) if _is_number(number) else None
 
 
 def role_outside(name: str) -> Role:
@@ -117,4 +125,6 @@ def tied_head(config: Mapping[str, object], names: Iterable[str]) -> str | None:
     """The name of an output head that config.json ties to the embedding although the checkpoint stores it, if any."""
     if not config.get("tie_word_embeddings", False):
         return None
-    return next((name for name in names if role_outside(name) == "lm_head" and "." in name), None)
+    grouping = group_tensors(names)
+    outside = (name for name, group in grouping.group_of.items() if group not in grouping.layers)
+    return next((name for name in outside if role_outside(name) == "lm_head"), None)

@@ -37,23 +37,58 @@ def _broken(path: Path, why: str) -> InputFileError:
     )
 
 
-def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        twice = next(key for key, _ in pairs if [name for name, _ in pairs].count(key) > 1)
-        raise _broken(path, f"the header names '{twice}' twice")
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise ValueError(f"the header names '{key}' twice")
+        key.encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
+        entries[key] = value
     return entries
 
 
-def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _size(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 20 or int(digits) >= 1 << 64:
+        raise ValueError(f"{digits[:24]} is no size")
+    return int(digits)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text[:24]} is no size")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    """The header's JSON, in which every number is a size: a whole number from 0 below 2^64."""
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path, f"tensor '{name}' lacks dtype, shape or data_offsets") from error
-    if not sound or dtype not in ITEM_SIZES:
-        raise _broken(path, f"tensor '{name}' has dtype {dtype!r}, shape {shape}, data_offsets {[begin, end]}")
-    spec = TensorSpec(name, dtype, shape)
+        header = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_size,
+            parse_float=_no_number,
+            parse_constant=_no_number,
+        )
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"its header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "the metadata is not a mapping of text to text")
+    return header
+
+
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    shape, offsets = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(entry) != 3:
+        raise _broken(path, f"tensor '{name}' needs dtype, shape and two data_offsets, and nothing else")
+    dtype, (begin, end) = entry.get("dtype"), offsets
+    if (
+        not isinstance(dtype, str)
+        or dtype not in ITEM_SIZES
+        or not all(type(size) is int for size in (*shape, begin, end))
+    ):
+        raise _broken(path, f"tensor '{name}' has dtype {dtype!r}, shape {shape}, data_offsets {offsets}")
+    spec = TensorSpec(name, dtype, tuple(shape))
     if end - begin != spec.elements * ITEM_SIZES[dtype]:
         raise _broken(path, f"tensor '{name}' of shape {shape} {dtype} has {end - begin} bytes of data")
     return StoredTensor(spec, path, data_start + begin, end - begin)
@@ -72,14 +107,7 @@ def read_header(path: Path) -> list[StoredTensor]:
         raise InputFileError(
             "cannot read this file", where=str(path), why=str(error), fix="check the path and its permissions"
         ) from error
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _broken(path, f"the header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _broken(path, "the header is not a JSON object")
-    header.pop("__metadata__", None)
-    tensors = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+    tensors = [_entry(path, name, entry, 8 + length) for name, entry in _parse(path, text).items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
     expected = 8 + length
     for tensor in tensors:

@@ -97,12 +97,11 @@ class ModelFolder:
         return digest.hexdigest()
 
     def _pread(self, stored: StoredTensor, offset: int, size: int) -> bytearray:
-        if stored.file not in self._descriptors:
-            self._descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
+        descriptor = self._open(stored.file)
         buffer = bytearray(size)
         view, done = memoryview(buffer), 0
         while done < size:
-            got = os.preadv(self._descriptors[stored.file], [view[done:]], stored.offset + offset + done)
+            got = os.preadv(descriptor, [view[done:]], stored.offset + offset + done)
             if got == 0:
                 raise InputFileError(
                     "this file has become shorter while it was read",
@@ -113,11 +112,24 @@ class ModelFolder:
             done += got
         return buffer
 
+    def _open(self, file: Path) -> int:
+        if file not in self._descriptors:
+            try:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise InputFileError(
+                    "cannot open this file of the model any more",
+                    where=str(file),
+                    why=str(error),
+                    fix="restore the file and run the command again",
+                ) from error
+        return self._descriptors[file]
+
     def _read_config(self) -> dict[str, Any]:
         config = self.path / "config.json"
         try:
             data = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputFileError(
                 f"'{self.label}' is not a model folder",
                 where=str(config),
@@ -131,7 +143,7 @@ class ModelFolder:
                 why=f"found {type(data).__name__}",
                 fix="save the model again",
             )
-        if "quantization_config" in data:
+        if data.get("quantization_config") is not None:
             raise IncompatibleModelsError(
                 f"'{self.label}' is a quantised checkpoint",
                 where=str(config),
@@ -159,28 +171,30 @@ class ModelFolder:
         yield from read_header(single)
 
     def _indexed(self, index: Path) -> Iterator[StoredTensor]:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputFileError(
-                "this index of shards cannot be read", where=str(index), why=repr(error), fix="download the file again"
-            ) from error
+        """The tensors of all shards; every fault of index and shards is listed at once."""
+        weight_map = _read_weight_map(index)
         faults: list[str] = []
-        found: list[StoredTensor] = []
-        for name in names:
-            if Path(name).name != name:
-                faults.append(f"shard '{name}' lies outside the folder")
-            elif not (self.path / name).exists():
-                faults.append(f"shard '{name}' is missing")
+        found: dict[str, StoredTensor] = {}
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file or file in ("", ".", ".."):
+                faults.append(f"shard '{file}' lies outside the folder")
+            elif not (self.path / file).is_file():
+                faults.append(f"shard '{file}' is missing")
             else:
-                found += read_header(self.path / name)
-        if not faults:
-            indexed, stored = set(weight_map), {tensor.spec.name for tensor in found}
-            faults += [f"'{name}' is in the index but in no shard" for name in sorted(indexed - stored)]
-            faults += [f"'{name}' is in a shard but not in the index" for name in sorted(stored - indexed)]
-            if len(stored) != len(found):
-                faults.append("a tensor lies in two shards")
+                try:
+                    tensors = read_header(self.path / file)
+                except InputFileError as error:
+                    faults.append(f"shard '{file}' is damaged: {error.why}")
+                    continue
+                faults += [f"'{t.spec.name}' lies in two shards" for t in tensors if t.spec.name in found]
+                found |= {tensor.spec.name: tensor for tensor in tensors}
+        readable = {file for file in weight_map.values() if not any(f"'{file}'" in fault for fault in faults)}
+        for name, file in sorted(weight_map.items()):
+            if file in readable and name not in found:
+                faults.append(f"'{name}' is in the index but in no shard")
+            elif file in readable and found[name].file.name != file:
+                faults.append(f"'{name}' is in shard '{found[name].file.name}', not in '{file}' as the index says")
+        faults += [f"'{name}' is in a shard but not in the index" for name in sorted(found.keys() - weight_map.keys())]
         if faults:
             raise InputFileError(
                 f"'{self.label}' has {len(faults)} fault(s) in its shards",
@@ -188,7 +202,20 @@ class ModelFolder:
                 why="; ".join(faults),
                 fix="download the model again",
             )
-        yield from found
+        yield from found.values()
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """The index's map of tensor names to shard files."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError("weight_map must map tensor names to file names, and name at least one")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputFileError(
+            "this index of shards cannot be read", where=str(index), why=repr(error), fix="download the file again"
+        ) from error
+    return dict(weight_map)
 
 
 def _evenly_spaced_blocks(size: int) -> Iterator[tuple[int, int]]:

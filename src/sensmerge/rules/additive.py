@@ -7,7 +7,7 @@ from .rule import Array, Rule, share_of_experts, softmax_over_experts
 
 def weigh(alpha_IL: Array, tau_I: Array, temperature: float) -> Array:
     """σ, float64 [K, L]; an expert's share of α is 1/K where every α is zero."""
-    return softmax_over_experts((share_of_experts(alpha_IL) + tau_I[:, None]) / (2.0 * temperature))
+    return softmax_over_experts((share_of_experts(alpha_IL) + tau_I[:, None]) / 2.0, temperature)
 
 
 RULE = Rule(

@@ -7,7 +7,7 @@ from .rule import Array, Rule, softmax_over_experts
 
 def weigh(alpha_IL: Array, tau_I: Array, temperature: float) -> Array:
     """σ, float64 [K, L], from α alone."""
-    return softmax_over_experts(alpha_IL / temperature)
+    return softmax_over_experts(alpha_IL, temperature)
 
 
 RULE = Rule(

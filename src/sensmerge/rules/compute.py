@@ -34,7 +34,7 @@ class Measurements:
 
 def _alpha_outside(sensitivity_L: Array, outside: float) -> float:
     """A role's own α: its s over the norm of s over the blocks; 0 where nothing is sensitive."""
-    norm = math.sqrt(math.fsum(float(s) * float(s) for s in sensitivity_L))
+    norm = math.hypot(*sensitivity_L.tolist())
     return outside / norm if norm > 0 else 0.0
 
 

@@ -9,7 +9,7 @@ from .rule import Array, Rule, softmax_over_experts
 
 def weigh(alpha_IL: Array, tau_I: Array, temperature: float) -> Array:
     """σ, float64 [K, L], from τ alone."""
-    return softmax_over_experts(np.broadcast_to(tau_I[:, None], alpha_IL.shape) / temperature)
+    return softmax_over_experts(np.broadcast_to(tau_I[:, None], alpha_IL.shape), temperature)
 
 
 RULE = Rule(

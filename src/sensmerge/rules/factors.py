@@ -11,7 +11,7 @@ from .rule import Array
 
 def task_specific(sensitivity_L: Array) -> Array:
     """α_i = s_i / ‖s_i‖₂ over the L groups (eq. 3), float64 [L]; 1/√L where every s is zero."""
-    norm = math.sqrt(math.fsum(float(s) * float(s) for s in sensitivity_L))
+    norm = math.hypot(*sensitivity_L.tolist())
     if norm == 0.0:
         return np.full(len(sensitivity_L), 1.0 / math.sqrt(len(sensitivity_L)))
     return sensitivity_L / norm

@@ -41,8 +41,12 @@ def share_of_experts(values_IL: Array) -> Array:
     return shares_IL
 
 
-def softmax_over_experts(scores_IL: Array) -> Array:
-    """softmax over the experts (axis 0), float64 [K, L]; shifted by the maximum, so that it never overflows."""
-    shifted_IL = scores_IL - scores_IL.max(axis=0, keepdims=True)
+def softmax_over_experts(scores_IL: Array, temperature: float) -> Array:
+    """softmax over the experts (axis 0) of scores/T, float64 [K, L].
+
+    Shifted by the maximum before the division, so that no temperature, however small, makes it overflow.
+    """
+    with np.errstate(over="ignore"):
+        shifted_IL = (scores_IL - scores_IL.max(axis=0, keepdims=True)) / temperature
     # math.exp, not np.exp: a vectorised exp may round one value differently at another place in the array.
     return share_of_experts(np.array([[math.exp(score) for score in row] for row in shifted_IL.tolist()]))

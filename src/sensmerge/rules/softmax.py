@@ -7,7 +7,7 @@ from .rule import Array, Rule, softmax_over_experts
 
 def weigh(alpha_IL: Array, tau_I: Array, temperature: float) -> Array:
     """σ, float64 [K, L]; T > 0, T → 0 gives all to the largest τα, T → ∞ is uniform."""
-    return softmax_over_experts(tau_I[:, None] * alpha_IL / temperature)
+    return softmax_over_experts(tau_I[:, None] * alpha_IL, temperature)
 
 
 RULE = Rule(
