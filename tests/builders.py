@@ -16,6 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# A pool of threads costs more than a tiny model's arithmetic, above all on a busy machine.
+torch.set_num_threads(1)
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SPECIAL = (PAD, BOS, EOS)
 VOCABULARY = len(SPECIAL) + 256
@@ -44,7 +47,7 @@ def write_checkpoint(
     config: Mapping[str, Any] | None = None,
     shards: int = 1,
 ) -> Path:
-    """A checkpoint folder written by the safetensors library: config.json and one file, or `shards` files with an index."""
+    """A checkpoint folder written by the safetensors library: config.json and a file, or `shards` files."""
     write_config(folder, config)
     whole = {name: as_tensor(values) for name, values in tensors.items()}
     if shards == 1:
@@ -63,7 +66,7 @@ def write_checkpoint(
 
 
 def safetensors_bytes(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """A safetensors file by hand: `header` is JSON text, bytes, or something to dump; `length` overrides the true length."""
+    """A safetensors file by hand: `header` is text, bytes or something to dump; `length` lies about its length."""
     text = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -92,7 +95,7 @@ def _byte_symbols() -> dict[int, str]:
 def byte_tokenizer(
     *, bos: bool = True, adds_bos: bool = True, eos: bool = True, chat_template: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a byte. `bos`/`eos`: whether it has such a token; `adds_bos`: puts it before a text."""
+    """A tokenizer with one token a byte. `bos`/`eos`: has it such a token; `adds_bos`: puts it before a text."""
     vocabulary = {token: place for place, token in enumerate(SPECIAL)}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[symbol] = len(vocabulary)

@@ -15,6 +15,9 @@ from tests.oracle.families import FamilyFiles, FamilySpec, build_family
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# As XDG_CACHE_HOME it makes a subprocess find the family that this session trained.
+CACHE = ROOT / ".cache"
+
 # Subprocesses must not reach for a hub, and two of them at once must not fight for the cores.
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
@@ -24,7 +27,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="session")
 def small_family() -> Family:
     """The tiny family that `sensmerge demo --size small` trains; kept in .cache under a hash of its recipe."""
-    return train_family("small", 0, ROOT / ".cache" / "zoo")
+    return train_family("small", 0, CACHE / "sensmerge" / "zoo")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -167,6 +168,8 @@ def _expert(section: Section, default_weight: float) -> Expert:
         parameters.allow(("weight",), unsupported=METHOD_PARAMETERS)
         weight = _number_only(parameters, "weight", default_weight)
     sens = section.section("sens")
+    if "sens" in section and sens is None:
+        raise section.error("a model's `sens:` is empty", section.line_of("sens"), "write `sens: {data: FILE.jsonl}`")
     source = None if sens is None else _source(sens)
     return Expert(model, weight, source, section.line)
 
@@ -294,6 +297,13 @@ def load_recipe(path: str | Path) -> Recipe:
             raise top.error(
                 "the only model is the base itself", top.line_of("models"), "add a model that was fine-tuned from it"
             )
+    if options.get("normalize") and math.fsum(expert.weight for expert in models) == 0.0:
+        raise top.error(
+            "the weights sum to zero",
+            top.line_of("models"),
+            "change a weight, or write `parameters: {normalize: false}`",
+            f"merge method '{name}' with `normalize: true` divides by their sum",
+        )
     recipe = Recipe(path, text, name, base, models, scale, options, dtype, out_dtype, sens)
     _check_sens(recipe, method)
     return recipe

@@ -289,11 +289,19 @@ class Coefficients(Record):
     inputs: str
 
     def sigma_of(self, group: str) -> list[float]:
-        """The K values of σ for a block (or finer group) or for a role outside the blocks."""
+        """The K values of σ for a block (or finer group) or for a role outside the blocks.
+
+        A stored head without a σ of its own is tied: it takes the embedding's. Any other group without one holds no parameters,
+        only buffers: it takes the mean over the layers.
+        """
         if group in self.other:
             return self.other[group]
-        column = self.layers.index(group)
-        return [row[column] for row in self.sigma]
+        if group in self.layers:
+            column = self.layers.index(group)
+            return [row[column] for row in self.sigma]
+        if group == "lm_head" and "embed" in self.other:
+            return self.other["embed"]
+        return [math.fsum(row) / len(row) for row in self.sigma]
 
 
 @dataclass(frozen=True)

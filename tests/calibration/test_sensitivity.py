@@ -75,7 +75,7 @@ def oracle(model: Any, data: CalibrationSet, score: str, tied: bool) -> list[dic
                 sums[name] = float((grad**2).sum())
             else:
                 factor = weight - base_state(tied)[name].double() if score == "task_vector" else weight
-                sums[name] = float((factor * grad).abs().sum())
+                sums[name] = float((factor * grad).abs().sum().detach())
         found.append(sums)
     return found
 
@@ -105,7 +105,9 @@ def test_a_sample_does_not_depend_on_the_others(score: str) -> None:
     model, data = tiny_llama(0), samples()
     together = measure(model, data, score)
     for k in range(3):
-        alone = CalibrationSet(data.rows[k : k + 1], data.token_ids[k : k + 1], data.loss_mask[k : k + 1], "response", 0)
+        alone = CalibrationSet(
+            data.rows[k : k + 1], data.token_ids[k : k + 1], data.loss_mask[k : k + 1], "response", 0
+        )
         assert measure(model, alone, score)[0] == pytest.approx(together[k], rel=1e-6)
 
 
@@ -117,7 +119,7 @@ def test_the_absolute_value_is_taken_per_sample_and_per_weight() -> None:
     for ids, mask in zip(data.token_ids, data.loss_mask, strict=True):
         targets = torch.where(torch.tensor(mask).bool(), torch.tensor(ids), -100)[1:]
         torch.nn.functional.cross_entropy(wide(input_ids=torch.tensor([ids])).logits[0, :-1], targets).backward()
-    of_the_sum = sum(float((weight * weight.grad).abs().sum()) for weight in wide.parameters())
+    of_the_sum = sum(float((weight * weight.grad).abs().sum().detach()) for weight in wide.parameters())
     assert sum(per_sample) > 1.2 * of_the_sum
 
 
@@ -226,7 +228,9 @@ def test_sample_loss_is_computed_in_float32() -> None:
     [(weight_score, lambda w, g: (w * g).abs().sum()), (fisher_score, lambda w, g: (g * g).sum())],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_are_summed_in_float64(score: Reduce, formula: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+def test_scores_are_summed_in_float64(
+    score: Reduce, formula: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
     """Millions of small numbers lose nothing; larger than one piece."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(2100, 2100, generator=generator)).to(dtype)
@@ -237,7 +241,9 @@ def test_scores_are_summed_in_float64(score: Reduce, formula: Callable[[Tensor, 
 
 def test_scores_take_scalars_and_views() -> None:
     weight, gradient = torch.randn(6, 4).t(), torch.randn(4, 6)
-    assert weight_score("w", weight, gradient) == pytest.approx(float((weight.double() * gradient.double()).abs().sum()))
+    assert weight_score("w", weight, gradient) == pytest.approx(
+        float((weight.double() * gradient.double()).abs().sum())
+    )
     assert weight_score("w", torch.tensor(-2.0), torch.tensor(3.0)) == 6.0
     assert weight_score("w", torch.zeros(0), torch.zeros(0)) == 0.0
 
@@ -293,7 +299,9 @@ def test_a_parameter_under_another_name_is_refused() -> None:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-@pytest.mark.parametrize(("named", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize(
+    ("named", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+)
 def test_a_model_is_loaded_whole_in_the_dtype_asked_for(tmp_path: Path, named: str | None, dtype: torch.dtype) -> None:
     """float32 on a CPU unless named, whatever is stored; evaluation mode."""
     tiny_llama(3).to(torch.bfloat16).save_pretrained(tmp_path)

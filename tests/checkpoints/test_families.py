@@ -35,7 +35,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt_neox": ("GPTNeoXConfig", PLAIN, "gpt_neox.layers"),
     "falcon": ("FalconConfig", PLAIN, "transformer.h"),
     "bloom": ("BloomConfig", {"hidden_size": 16, "n_layer": LAYERS, "n_head": 2, "vocab_size": 32}, "transformer.h"),
-    "mamba": ("MambaConfig", {"hidden_size": 16, "num_hidden_layers": LAYERS, "state_size": 4, "vocab_size": 32}, "backbone.layers"),
+    "mamba": (
+        "MambaConfig", {"hidden_size": 16, "num_hidden_layers": LAYERS, "state_size": 4, "vocab_size": 32},
+        "backbone.layers",
+    ),
     "bert": ("BertConfig", PLAIN | {"is_decoder": False}, "bert.encoder.layer"),
 }  # fmt: skip
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "gemma2", "gemma3", "olmo2")
@@ -119,7 +122,9 @@ def test_group_tensor_lists_every_tensor_of_the_blocks(family: str) -> None:
 def test_group_module_of_llama_like_models(family: str) -> None:
     """Attention and MLP of each block; the norm before each belongs to it, a norm after one to that one."""
     grouping = group_tensors(names_of(family), "module")
-    assert grouping.layers == tuple(f"model.layers.{n}.{module}" for n in range(LAYERS) for module in ("attention", "mlp"))
+    assert grouping.layers == tuple(
+        f"model.layers.{n}.{module}" for n in range(LAYERS) for module in ("attention", "mlp")
+    )
     norms = NORMS["gemma2" if family.startswith("gemma") else family if family == "olmo2" else "llama"]
     for name in names_of(family):
         if not name.startswith("model.layers."):
@@ -193,7 +198,8 @@ def test_a_prefix_is_not_mistaken_for_a_longer_name() -> None:
         ("tok_embeddings.weight", "embed"), ("embed_out.weight", "lm_head"), ("output.weight", "lm_head"),
         ("lm_head.weight", "lm_head"), ("lm_head.bias", "lm_head"), ("model.norm.weight", "final_norm"),
         ("transformer.ln_f.bias", "final_norm"), ("gpt_neox.final_layer_norm.weight", "final_norm"),
-        ("transformer.word_embeddings_layernorm.weight", "embed"), ("score.weight", "other"), ("v_head.summary.weight", "other"),
+        ("transformer.word_embeddings_layernorm.weight", "embed"), ("score.weight", "other"),
+        ("v_head.summary.weight", "other"),
     ],
 )  # fmt: skip
 def test_role_outside(name: str, role: str) -> None:
@@ -203,12 +209,31 @@ def test_role_outside(name: str, role: str) -> None:
 def test_natural_key_counts() -> None:
     names = ["layers.10.w", "layers.9.w", "layers.2.b", "layers.2.a", "layers", "a10b2", "a10b10", "a9", "10", "9"]
     ordered = sorted(names, key=natural_key)
-    assert ordered.index("layers.2.a") < ordered.index("layers.2.b") < ordered.index("layers.9.w") < ordered.index("layers.10.w")
+    assert (
+        ordered.index("layers.2.a")
+        < ordered.index("layers.2.b")
+        < ordered.index("layers.9.w")
+        < ordered.index("layers.10.w")
+    )
     assert ordered.index("a9") < ordered.index("a10b2") < ordered.index("a10b10")
     assert ordered.index("9") < ordered.index("10")
 
 
-@pytest.mark.parametrize("odd", ["layers.².weight", "layers.x²y", "layers.1²2.w", "m" + "1" * 5000, "", ".", "..", "a..b", "٣.weight", "layers.٣.w"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "layers.².weight",
+        "layers.x²y",
+        "layers.1²2.w",
+        "m" + "1" * 5000,
+        "",
+        ".",
+        "..",
+        "a..b",
+        "٣.weight",
+        "layers.٣.w",
+    ],
+)
 def test_odd_names_are_grouped_like_any_other(odd: str) -> None:
     """A tensor's name comes from a file: whatever it is, it has a place in the order and a group."""
     names = ["model.layers.0.w", "model.layers.1.w", odd]

@@ -35,7 +35,10 @@ def hard_values() -> NDArray[np.float32]:
     ordered = np.unique(finite)
     ties = ((ordered[1:] + ordered[:-1]) / 2).astype(np.float32)
     around = [ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf))]
-    half = [np.float32(x) for x in (65504, 65519.996, 65520, 65536, 3.3895314e38, 3.3961775e38, 3.4028235e38, 1e-45, 1e-41, 6e-8, 2.98e-8)]
+    half = [
+        np.float32(x)
+        for x in (65504, 65519.996, 65520, 65536, 3.3895314e38, 3.3961775e38, 3.4028235e38, 1e-45, 1e-41, 6e-8, 2.98e-8)
+    ]
     random = np.random.default_rng(0).integers(0, 1 << 32, size=300_000, dtype=np.uint32).view(np.float32)
     values = np.concatenate([*around, np.array(half + [-x for x in half]), finite.astype(np.float32), random])
     return np.concatenate([values, np.array([np.inf, -np.inf, 0.0, -0.0], dtype=np.float32)])

@@ -69,7 +69,7 @@ VALID: dict[str, dict[str, torch.Tensor]] = {
     "scalar": {"x": torch.tensor(3.0)},
     "empty tensors": {"x": torch.zeros(0), "y": torch.zeros(3, 0, 2, dtype=torch.bfloat16), "z": torch.ones(1)},
     "nothing": {},
-    "odd names": {"": torch.ones(1), "é\u2028\n\"\\": torch.ones(2), "__meta__": torch.ones(1)},
+    "odd names": {"": torch.ones(1), 'é\u2028\n"\\': torch.ones(2), "__meta__": torch.ones(1)},
 }
 
 
@@ -131,7 +131,9 @@ ATTACKS: dict[str, bytes] = {
     "a page of HTML": b"<!DOCTYPE html><html><body>Access denied, please log in first</body></html>",
     "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n",
     "name twice": safetensors_bytes(f'{{"a": {json.dumps(A)}, "a": {json.dumps(A)}}}', DATA[:8]),
-    "key twice in a tensor": safetensors_bytes('{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', DATA[:8]),
+    "key twice in a tensor": safetensors_bytes(
+        '{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', DATA[:8]
+    ),
     "overlap": safetensors_bytes({"a": A, "b": B | {"data_offsets": [4, 12]}}, DATA[:12]),
     "same bytes twice": safetensors_bytes({"a": A, "b": A}, DATA[:8]),
     "hole": safetensors_bytes({"a": A, "b": B | {"data_offsets": [9, 17]}}, DATA + b"x"),
@@ -183,7 +185,9 @@ ATTACKS: dict[str, bytes] = {
     "NaN in the metadata": safetensors_bytes('{"__metadata__": {"x": NaN}}'),
     "nested lists": safetensors_bytes("[" * 200_000 + "]" * 200_000),
     "nested objects": safetensors_bytes('{"a":' * 100_000 + "1" + "}" * 100_000),
-    "a number of 5000 digits": safetensors_bytes('{"a": {"dtype": "F32", "shape": [' + "9" * 5000 + '], "data_offsets": [0, 8]}}', DATA[:8]),
+    "a number of 5000 digits": safetensors_bytes(
+        '{"a": {"dtype": "F32", "shape": [' + "9" * 5000 + '], "data_offsets": [0, 8]}}', DATA[:8]
+    ),
     "half a surrogate pair in a name": safetensors_bytes('{"\\ud800": ' + json.dumps(A) + "}", DATA[:8]),
     "control character in a name": safetensors_bytes(b'{"a\x01": ' + json.dumps(A).encode() + b"}", DATA[:8]),
     "blanks before the object": safetensors_bytes("   " + json.dumps(GOOD), DATA),
@@ -284,12 +288,16 @@ def mutated_bytes(chance: random.Random) -> bytes:
         else:
             del header[place]
     length = len(header) if chance.random() < 0.95 else chance.choice((0, 1, len(header) + 1, 2**40))
-    return safetensors_bytes(bytes(header), b"\x01" * (16 if chance.random() < 0.95 else chance.randrange(18)), length=length)
+    return safetensors_bytes(
+        bytes(header), b"\x01" * (16 if chance.random() < 0.95 else chance.randrange(18)), length=length
+    )
 
 
 VALUES: list[Any] = [
-    0, 1, 2, 3, 8, 12, 16, -1, 2**32, 2**63, 2**64, 2**65, 1.0, 8.0, 1e3, True, False, None, "", "F32", "F64", "BF16", "F4", "C64",
-    "F8_E4M3", "F8_E5M2FNUZ", "U64", [], {}, [0], [2], [2, 1], [1, 2, 1], [0, 8], [8, 12], [0, 0], [12, 16], [[]], {"x": "y"},
+    0, 1, 2, 3, 8, 12, 16, -1, 2**32, 2**63, 2**64, 2**65, 1.0, 8.0, 1e3, True, False, None, "", "F32", "F64",
+    "BF16", "F4", "C64", "F8_E4M3", "F8_E5M2FNUZ", "U64", [], {}, [0], [2], [2, 1], [1, 2, 1], [0, 8], [8, 12], [0, 0],
+    [12, 16],
+    [[]], {"x": "y"},
 ]  # fmt: skip
 
 

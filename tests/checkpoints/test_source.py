@@ -95,12 +95,13 @@ def test_an_unknown_tensor_is_a_key_error(tmp_path: Path) -> None:
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
     """A merge of many sharded models must not run out of descriptors."""
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else None
     with ModelFolder(write_checkpoint(tmp_path, tensors(), shards=4)) as model:
         for name, spec in model.tensors.items():
             model.read(name, 0, spec.elements)
     if before is not None:
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(descriptors.iterdir())) == before
 
 
 def test_symbolic_links_are_followed(tmp_path: Path) -> None:
@@ -256,7 +257,8 @@ def test_damaged_shards_are_listed_with_the_other_faults(sharded: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[]", b"null", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b'{"weight_map": {"a": ["x"]}}',
-     b'{"weight_map": null}', b'{"weight_map": {"a": null}}', b'{"weight_map": {"a": 1, "b": "x"}}', b"\xff", b"[" * 50_000],
+     b'{"weight_map": null}', b'{"weight_map": {"a": null}}', b'{"weight_map": {"a": 1, "b": "x"}}',
+     b"\xff", b"[" * 50_000],
     ids=lambda content: content[:30].decode(errors="replace"),
 )  # fmt: skip
 def test_an_index_that_is_none(sharded: Path, content: bytes) -> None:
@@ -279,9 +281,8 @@ def test_a_file_that_becomes_shorter_is_an_error_not_a_crash(tmp_path: Path, ear
             model.read("a", 0, 10)
         os.truncate(folder / "model.safetensors", 400_000)
         with pytest.raises(InputFileError) as caught:
-            for name in ("a", "b"):
-                model.read(name, 0, 100_000)
-        assert "'b'" in caught.value.where or "'a'" in caught.value.where
+            model.read("b", 0, 100_000)
+        assert "'b'" in caught.value.where
         assert str(folder / "model.safetensors") in caught.value.where
 
 

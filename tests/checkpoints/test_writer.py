@@ -42,7 +42,7 @@ def tensors() -> dict[str, Tensor]:
         "empty": torch.zeros(0, 4),
         "half": torch.randn(9, generator=random).to(torch.float16),
         "steps": torch.arange(3),
-        "é\u2028\"name\\": torch.randn(1, generator=random),
+        'é\u2028"name\\': torch.randn(1, generator=random),
         "double": torch.randn(2, generator=random, dtype=torch.float64),
     }
 
@@ -135,7 +135,9 @@ def test_shards_and_index_agree(tmp_path: Path, shard_bytes: int) -> None:
             assert name in reader.keys()  # noqa: SIM118
     write_config(tmp_path)
     with ModelFolder(tmp_path) as model:
-        assert {name: spec.shape for name, spec in model.tensors.items()} == {n: tuple(t.shape) for n, t in stored.items()}
+        assert {name: spec.shape for name, spec in model.tensors.items()} == {
+            n: tuple(t.shape) for n, t in stored.items()
+        }
 
 
 @pytest.mark.parametrize("limit", [1, 8, 20, 36, 64, 1000])
@@ -249,7 +251,9 @@ def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:
         ({"_name_or_path": "/home/me/secret", "transformers_version": "4.1", "a": 1}, None, {"a": 1}),
     ],
 )
-def test_the_written_config_follows_the_dtype(config: dict[str, Any], dtype: str | None, expected: dict[str, Any]) -> None:
+def test_the_written_config_follows_the_dtype(
+    config: dict[str, Any], dtype: str | None, expected: dict[str, Any]
+) -> None:
     """And leaks no path; everything else stays as it is."""
     before = dict(config)
     assert output_config(config, dtype) == expected

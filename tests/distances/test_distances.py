@@ -47,7 +47,9 @@ ORACLES: dict[str, Callable[[Array, Array], float]] = {
     "l2": lambda model, expert: math.sqrt(((model - expert) ** 2).sum()),
     "kl": lambda model, expert: _kl(_log_probabilities(expert), _log_probabilities(model)),
     "js": _js,
-    "cosine": lambda model, expert: 1 - float(model @ expert) / math.sqrt(float(model @ model) * float(expert @ expert)),
+    "cosine": lambda model, expert: (
+        1 - float(model @ expert) / math.sqrt(float(model @ model) * float(expert @ expert))
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,17 @@ def combine(name: str, base: Tile | None, experts: list[Tile], w: list[float], c
     return METHODS.get(name, where="test").combine(base, experts, w, c, {"normalize": normalize})
 
 
-def merged(name: str, base: Tile, experts: list[Tile], w: list[float], c: list[float], normalize: bool, scale: float) -> Tile:
+def merged(
+    name: str, base: Tile, experts: list[Tile], w: list[float], c: list[float], normalize: bool, scale: float
+) -> Tile:
     """The merged tile as the engine forms it: base + lambda * update where the method adds."""
     result = combine(name, base, experts, w, c, normalize)
     return base + np.float32(scale) * result if METHODS.get(name, where="test").adds else result
 
 
-def oracle(name: str, base: Tile, experts: list[Tile], w: list[float], c: list[float], normalize: bool, scale: float) -> Any:
+def oracle(
+    name: str, base: Tile, experts: list[Tile], w: list[float], c: list[float], normalize: bool, scale: float
+) -> Any:
     """DESIGN section 5 in float64."""
     theta0, thetas = base.astype(np.float64), [expert.astype(np.float64) for expert in experts]
     over = sum(w) if normalize else 1.0
@@ -107,10 +112,7 @@ def test_tiles_of_any_split_give_the_same_bits(name: str, normalize: bool) -> No
     random = np.random.default_rng(0)
     for _ in range(20):
         cuts = [0, *sorted(random.integers(0, 778, size=int(random.integers(1, 30))).tolist()), 777]
-        parts = [
-            combine(name, base[a:b], [e[a:b] for e in experts], w, c, normalize)
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
+        parts = [combine(name, base[a:b], [e[a:b] for e in experts], w, c, normalize) for a, b in pairwise(cuts)]
         assert np.concatenate(parts).tobytes() == whole.tobytes()
 
 

@@ -371,3 +371,53 @@ def test_a_published_profile_replaces_data_and_must_fit(untrained: FamilyFiles, 
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(InputFileError, match="another model"):
         sm.merge(sm.load_recipe(path), tmp_path / "swapped", profiles_dir=tmp_path / "other")
+
+
+def test_a_head_tied_by_default_and_stored_all_the_same(tmp_path: Path) -> None:
+    """GPT-2 ties its head although config.json does not say so; a checkpoint that stores the head stays consistent."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.oracle.families import train_tokenizer
+
+    tokenizer = train_tokenizer(["one two three four"], adds_bos=False)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    torch.manual_seed(0)
+    for name in ("base", "a", "b"):
+        model = GPT2LMHeadModel(config)
+        tokenizer.save_pretrained(tmp_path / name)
+        config.save_pretrained(tmp_path / name)
+        stored = json.loads((tmp_path / name / "config.json").read_text())
+        stored.pop("tie_word_embeddings", None)
+        (tmp_path / name / "config.json").write_text(json.dumps(stored | {"architectures": ["GPT2LMHeadModel"]}))
+        tensors = {key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "data.jsonl").write_text('{"text": "one two three"}\n')
+    models = "".join(f"  - model: {name}\n    sens: {{data: data.jsonl}}\n" for name in "ab")
+    (tmp_path / "r.yml").write_text(
+        f"merge_method: task_arithmetic\nbase_model: base\nsens: {{temperature: 0.05}}\nmodels:\n{models}"
+    )
+    sm.merge(sm.load_recipe(tmp_path / "r.yml"), tmp_path / "out")
+    merged = weights(tmp_path / "out")
+    assert torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
+    for group in ("module", "tensor"):
+        text = (tmp_path / "r.yml").read_text().replace("0.05}", f"0.05, group: {group}}}")
+        (tmp_path / f"{group}.yml").write_text(text)
+        result = sm.merge(sm.load_recipe(tmp_path / f"{group}.yml"), tmp_path / f"out-{group}")
+        assert result.coefficients is not None
+        assert len(result.coefficients.layers) == {"module": 4, "tensor": 24}[group]
+
+
+@pytest.mark.parametrize("group", ["block", "module", "tensor"])
+def test_buffers_of_old_checkpoints_are_carried_along(untrained: FamilyFiles, tmp_path: Path, group: str) -> None:
+    """Old Llama checkpoints store rotary_emb.inv_freq, which is no parameter: it comes out as it went in."""
+    frequencies = torch.tensor([1.0, 0.1, 0.01, 0.001])
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    for folder in (untrained.base, *untrained.experts):
+        shutil.copytree(folder, tmp_path / folder.name)
+        file = tmp_path / folder.name / "model.safetensors"
+        save_file({**load_file(file), name: frequencies}, file, metadata={"format": "pt"})
+    for file in untrained.data:
+        shutil.copyfile(file, tmp_path / file.name)
+    recipe = write_recipe(untrained, tmp_path / "buffers.yml", sens={"temperature": 0.05, "group": group})
+    sm.merge(sm.load_recipe(recipe), tmp_path / "out")
+    assert torch.equal(weights(tmp_path / "out")[name], frequencies)

@@ -41,7 +41,9 @@ def permuted(m: Measurements, order: Any) -> Measurements:
     )
 
 
-def run(m: Measurements, settings: SensSettings = PAPER, scale: float | None = 1.0, w: list[float] | None = None) -> Coefficients:
+def run(
+    m: Measurements, settings: SensSettings = PAPER, scale: float | None = 1.0, w: list[float] | None = None
+) -> Coefficients:
     return compute(m, settings, weights=w or [1.0] * len(m.models), scale=scale)
 
 
@@ -96,7 +98,7 @@ def test_coefficient_is_rounded_once(seed: int) -> None:
 
 @pytest.mark.parametrize("experts", range(1, 65))
 def test_uniform_with_total_k_is_exactly_one(experts: int) -> None:
-    """So that every method gives its plain bytes: in the blocks, and outside them for every `other` that follows sigma."""
+    """So that every method gives its plain bytes: in the blocks, and outside them wherever `other` follows sigma."""
     m = measured(experts, experts=experts, layers=7)
     for other in ("block_mean", "own_group", "uniform"):
         c = run(m, replace(PAPER, rule="uniform", other=other))
@@ -163,7 +165,11 @@ def test_a_spread_below_a_tenth_is_warned_of(temperature: float) -> None:
 
 def test_both_sides_of_the_warning_are_seen() -> None:
     """The cases above are not all on one side."""
-    assert run(measured(6), replace(PAPER, temperature=100.0)).spread < 0.10 < run(measured(6), replace(PAPER, temperature=0.1)).spread
+    assert (
+        run(measured(6), replace(PAPER, temperature=100.0)).spread
+        < 0.10
+        < run(measured(6), replace(PAPER, temperature=0.1)).spread
+    )
 
 
 @pytest.mark.parametrize(("experts", "layers"), [(1, 4), (3, 1), (1, 1)])
@@ -205,7 +211,14 @@ def test_applied_changes_lambda_and_weights_alone() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"rule": "additive"}, {"temperature": 0.5}, {"total": 1.0}, {"axis": "column"}, {"direction": "similarity"}, {"other": "base"}],
+    [
+        {"rule": "additive"},
+        {"temperature": 0.5},
+        {"total": 1.0},
+        {"axis": "column"},
+        {"direction": "similarity"},
+        {"other": "base"},
+    ],
 )
 def test_inputs_tell_settings_apart(change: dict[str, Any]) -> None:
     """Whatever changes the numbers changes the hash; equal inputs give equal hashes."""

@@ -182,7 +182,10 @@ def test_a_zero_denominator_in_normalized_is_shared() -> None:
     """DESIGN: 1/K, in that column only."""
     sigma = weigh("normalized", np.array([[0.0, 1.0], [0.0, 3.0]]), np.array([0.5, 0.5]))
     assert sigma.tolist() == [[0.5, 0.25], [0.5, 0.75]]
-    assert weigh("normalized", np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1.0, 0.0])).tolist() == [[1.0, 0.5], [0.0, 0.5]]
+    assert weigh("normalized", np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1.0, 0.0])).tolist() == [
+        [1.0, 0.5],
+        [0.0, 0.5],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))

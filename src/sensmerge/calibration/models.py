@@ -41,7 +41,11 @@ def load_model(folder: Path, device: str, compute_dtype: str | None) -> Any:
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=COMPUTE_DTYPES[dtype], local_files_only=True, output_loading_info=True
+            folder,
+            dtype=COMPUTE_DTYPES[dtype],
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputFileError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def _text_of(path: Path) -> str:
             why=str(error),
             fix="save the file as UTF-8",
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CalibrationDataError(
             "cannot read this calibration file",
             where=str(path),
@@ -54,27 +55,34 @@ def _text_of(path: Path) -> str:
         ) from error
 
 
+def _from_messages(row: int, line: int, messages: Any) -> Sample | str:
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+    ):
+        return "`messages` must be a list of {role, content}"
+    if not messages or messages[-1]["role"] != "assistant":
+        return "the last of `messages` must be the assistant's: it is the response"
+    return Sample(row, line, messages=tuple(messages))
+
+
+def _from_instruction(row: int, line: int, values: Mapping[str, Any]) -> Sample | str:
+    for name in ("instruction", "input", "output"):
+        if values[name] is not None and not isinstance(values[name], str):
+            return f"`{name}` must be text"
+    prompt = f"{values['instruction']}\n\n{values['input']}" if values["input"] else values["instruction"]
+    return Sample(row, line, prompt=prompt, response=values["output"])
+
+
 def _sample(row: int, line: int, entry: Any, fields: Mapping[str, str]) -> Sample | str:
-    """The sample in one parsed row, or what is wrong with it."""
+    """The sample in one parsed row, or what is wrong with it; where `fields` are named, no other column is looked at."""
     if not isinstance(entry, dict):
         return f"a JSON object is needed, found {type(entry).__name__}"
-    values = {name: entry.get(fields.get(name, name)) for name in FIELDS}
+    values = {name: entry.get(fields.get(name) if fields else name) for name in FIELDS}
     if values["messages"] is not None:
-        messages = values["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-        ):
-            return "`messages` must be a list of {role, content}"
-        if not messages or messages[-1]["role"] != "assistant":
-            return "the last of `messages` must be the assistant's: it is the response"
-        return Sample(row, line, messages=tuple(messages))
+        return _from_messages(row, line, values["messages"])
+    if values["instruction"] is not None and values["output"] is not None:
+        return _from_instruction(row, line, values)
     prompt, response = values["prompt"], values["response"]
-    if values["instruction"] is not None:
-        extra = values["input"]
-        if extra is not None and not isinstance(extra, str):
-            return "`input` must be text"
-        prompt = f"{values['instruction']}\n\n{extra}" if extra else values["instruction"]
-        response = values["output"]
     if prompt is not None and response is not None:
         if not isinstance(prompt, str) or not isinstance(response, str):
             return "prompt and response must be text"
@@ -82,6 +90,19 @@ def _sample(row: int, line: int, entry: Any, fields: Mapping[str, str]) -> Sampl
     if isinstance(values["text"], str):
         return Sample(row, line, text=values["text"])
     return f"no prompt and response, no instruction and output, no messages and no text among {sorted(entry)}"
+
+
+def _parsed(row: int, number: int, line: str, fields: Mapping[str, str]) -> Sample | str:
+    """The sample in one line of a file, or what is wrong with it."""
+    try:
+        entry = json.loads(line)
+        # Half a surrogate pair is legal JSON and no text: no tokenizer can take it.
+        json.dumps(entry, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        return f"not JSON at column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        return f"cannot be read: {error}"
+    return _sample(row, number, entry, fields)
 
 
 def read_samples(path: Path, fields: Mapping[str, str] | None = None) -> list[Sample]:
@@ -95,10 +116,7 @@ def read_samples(path: Path, fields: Mapping[str, str] | None = None) -> list[Sa
     for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            found = _sample(len(samples), number, json.loads(line), fields or {})
-        except json.JSONDecodeError as error:
-            found = f"not JSON at column {error.colno}: {error.msg}"
+        found = _parsed(len(samples), number, line, fields or {})
         if isinstance(found, str):
             faults.append((number, found))
         else:
@@ -134,6 +152,23 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and full[: 1 + len(bare)] == [tokenizer.bos_token_id, *bare]
 
 
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str) -> tuple[list[int], list[int]]:
+    """Token ids of the conversation without its last turn, and of all of it, by the tokenizer's chat template."""
+    from jinja2 import TemplateError
+
+    try:
+        asked = tokenizer.apply_chat_template(list(messages[:-1]), add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(list(messages), return_dict=False)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise CalibrationDataError(
+            "the chat template refuses this conversation",
+            where=where,
+            why=str(error) or type(error).__name__,
+            fix="mend the row (templates often refuse system turns, or two turns of one side), or use `template: none`",
+        ) from error
+    return list(asked), list(whole)
+
+
 def _split(tokenizer: Any, sample: Sample, template: str, where: str) -> tuple[list[int], list[int], list[int]]:
     """(head, prompt ids, response ids): what is always kept, what is cut from the left, what is cut from the right."""
     messages = sample.messages
@@ -147,8 +182,7 @@ def _split(tokenizer: Any, sample: Sample, template: str, where: str) -> tuple[l
                 why="rows of `messages` and `template: chat` are rendered by the tokenizer's chat_template",
                 fix="use {prompt, response} rows with `template: none`, or add a chat template to the tokenizer",
             )
-        asked = tokenizer.apply_chat_template(list(messages[:-1]), add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template(list(messages), return_dict=False)
+        asked, whole = _rendered(tokenizer, messages, where)
         if whole[: len(asked)] != asked:
             raise CalibrationDataError(
                 "the chat template does not keep the prompt apart from the response",
@@ -156,7 +190,7 @@ def _split(tokenizer: Any, sample: Sample, template: str, where: str) -> tuple[l
                 why="the conversation with the response does not begin with the conversation without it",
                 fix="use {prompt, response} rows with `template: none`",
             )
-        return [], list(asked), list(whole[len(asked) :])
+        return [], asked, whole[len(asked) :]
     head = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     prompt = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
     response = tokenizer(sample.response, add_special_tokens=False)["input_ids"]

@@ -82,11 +82,9 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(entry) != 3:
         raise _broken(path, f"tensor '{name}' needs dtype, shape and two data_offsets, and nothing else")
     dtype, (begin, end) = entry.get("dtype"), offsets
-    if (
-        not isinstance(dtype, str)
-        or dtype not in ITEM_SIZES
-        or not all(type(size) is int for size in (*shape, begin, end))
-    ):
+    if isinstance(dtype, str) and dtype not in ITEM_SIZES:
+        raise _broken(path, f"tensor '{name}' has dtype {dtype!r}, which is not supported")
+    if not isinstance(dtype, str) or not all(type(size) is int for size in (*shape, begin, end)):
         raise _broken(path, f"tensor '{name}' has dtype {dtype!r}, shape {shape}, data_offsets {offsets}")
     spec = TensorSpec(name, dtype, tuple(shape))
     if end - begin != spec.elements * ITEM_SIZES[dtype]:

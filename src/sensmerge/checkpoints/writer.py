@@ -78,7 +78,23 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
         "weight_map": dict(sorted((spec.name, shard.file) for shard in shards for spec in shard.tensors)),
     }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    try:
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise write_failure(folder / INDEX_FILE, error) from error
+
+
+def write_failure(path: Path, error: OSError) -> ResourceError:
+    """The error for an output that could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return ResourceError(
+        "the disk is full" if full else "the output could not be written",
+        where=str(path),
+        why=str(error),
+        fix="free some space or choose another output folder, then run the same command again"
+        if full
+        else "check the folder's permissions and the disk, then run the same command again",
+    )
 
 
 class ShardWriter:
@@ -93,14 +109,17 @@ class ShardWriter:
         self._remaining = shard.data_bytes
         self._hash = xxhash.xxh3_128()
         header = shard.header()
-        self._descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        try:
+            self._descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise write_failure(self._path, error) from error
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._descriptor, 0, len(header) + shard.data_bytes)
             self._write(header)
         except OSError as error:
             os.close(self._descriptor)
-            raise self._failure(error) from error
+            raise write_failure(self._path, error) from error
 
     def append(self, piece: Raw) -> None:
         """Append one piece of the current tensor (raw elements in the output dtype)."""
@@ -109,13 +128,16 @@ class ShardWriter:
         try:
             self._write(data.data)
         except OSError as error:
-            raise self._failure(error) from error
+            raise write_failure(self._path, error) from error
 
     def close(self) -> str:
         """Flush to the disk and return the file's hash."""
         if self._remaining != 0:
             raise ValueError(f"{self._path}: {self._remaining} bytes of tensor data were not written")
-        os.fsync(self._descriptor)
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise write_failure(self._path, error) from error
         os.close(self._descriptor)
         return self._hash.hexdigest()
 
@@ -128,17 +150,6 @@ class ShardWriter:
         self._hash.update(view)
         while view:
             view = view[os.write(self._descriptor, view) :]
-
-    def _failure(self, error: OSError) -> ResourceError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return ResourceError(
-            "the disk is full" if full else "the output could not be written",
-            where=str(self._path),
-            why=str(error),
-            fix="free some space or choose another output folder, then run the same command again"
-            if full
-            else "check the folder's permissions and the disk, then run the same command again",
-        )
 
 
 def output_config(config: Mapping[str, object], dtype: str | None) -> dict[str, object]:

@@ -75,7 +75,10 @@ def main() -> None:
     except SensmergeError as error:
         fail(str(error), error.exit_code)
     except Stopped as stopped:
-        fail("stopped: nothing was overwritten; the same command starts again and re-uses what was measured", stopped.exit_code)
+        fail(
+            "stopped: nothing was overwritten; the same command starts again and re-uses what was measured",
+            stopped.exit_code,
+        )
     except BrokenPipeError:
         # The reader of our output has gone (`sensmerge … | head`): not a failure worth a word.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

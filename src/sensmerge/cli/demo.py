@@ -24,7 +24,9 @@ def demo(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where everything is written.")] = Path("demo"),
     size: Annotated[Size, typer.Option(help="small trains in about a minute, standard in a few.")] = Size.STANDARD,
     seed: Annotated[int, typer.Option(min=0, help="The family's seed.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on; the table then has mean ± sd.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many seeds, from --seed on; the table then has mean ± sd.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train a tiny family of models, calibrate, merge every way, evaluate, and print one table."""

@@ -54,6 +54,17 @@ def calibration_set(profile: SensitivityProfile) -> CalibrationSet:
             why="distances and lambda are measured on every expert's samples",
             fix="make the profile again with its samples, or use `rule: alpha_only`",
         )
+    sound = all(
+        len(ids) == len(mask) and mask[0] == 0 and any(mask)
+        for ids, mask in zip(profile.token_ids, profile.loss_mask, strict=False)
+    )
+    if not sound or len(profile.token_ids) != len(profile.loss_mask) or len(profile.rows) != len(profile.token_ids):
+        raise InputFileError(
+            f"the samples in the profile of '{profile.model}' are malformed",
+            where=f"profile {profile.model}",
+            why="token_ids and loss_mask must have the same lengths, and each mask a loss token, but never at position 0",
+            fix="make the profile again",
+        )
     return CalibrationSet(
         tuple(profile.rows), tuple(map(tuple, profile.token_ids)), tuple(map(tuple, profile.loss_mask)), profile.loss, 0
     )
