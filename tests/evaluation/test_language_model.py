@@ -18,7 +18,13 @@ PROMPTS = [
     "def f(x):\n    return",
     "Q: Where does Ada live?\nA:",
 ]
-CONTINUATIONS = [" Paris", " 13 + 12 = 25", " return sum(sorted(xs))", " x", " a rather long answer, longer than its prompt"]
+CONTINUATIONS = [
+    " Paris",
+    " 13 + 12 = 25",
+    " return sum(sorted(xs))",
+    " x",
+    " a rather long answer, longer than its prompt",
+]
 PAIRS = list(zip(PROMPTS, CONTINUATIONS, strict=True))
 
 
@@ -68,7 +74,7 @@ def test_small_batches_change_nothing(model, monkeypatch):
     together = model.log_likelihoods(PAIRS)
     monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", 1)
     assert model.log_likelihoods(PAIRS) == pytest.approx(together, abs=1e-4)
-    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", 2 * 60 * 384)
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", 2 * 60 * 512)
     assert model.log_likelihoods(PAIRS) == pytest.approx(together, abs=1e-4)
 
 
@@ -97,14 +103,16 @@ def test_generation_does_not_depend_on_the_batch(model):
     assert together[::-1] == model.generate(PROMPTS[::-1], 12)
 
 
-def test_generation_stops_at_the_end_token(model, monkeypatch):
+def test_generation_stops_at_the_end_token(random_model):
+    model = LanguageModel.load(random_model)
     free = model.generate(PROMPTS, 12)
     tokens = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in free]
     stop = tokens[0][2]
-    monkeypatch.setattr(model.tokenizer, "eos_token", model.tokenizer.convert_ids_to_tokens(stop))
+    model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(stop)
     assert model.tokenizer.eos_token_id == stop
     stopped = model.generate(PROMPTS, 12)
-    assert stopped[0] == model.tokenizer.decode(tokens[0][: tokens[0].index(stop)])
+    assert free[0].startswith(stopped[0])
+    assert len(stopped[0]) < len(free[0])
     assert stopped == [model.generate([prompt], 12)[0] for prompt in PROMPTS]
 
 

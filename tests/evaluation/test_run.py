@@ -1,8 +1,10 @@
 """`evaluate`: what it returns, what it refuses, and what importing it costs."""
 
 import math
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -15,7 +17,11 @@ from sensmerge.evaluation.run import summarised
 @pytest.fixture
 def counting_task(monkeypatch):
     """A task `even` whose items are numbers and whose score is 1 for even ones; it never looks at the model."""
-    task = Task("even", "share", lambda folder: [{"n": n} for n in range(5)], lambda model, items: [1.0 - i["n"] % 2 for i in items])
+
+    def score(model, items):
+        return [1.0 - item["n"] % 2 for item in items]
+
+    task = Task("even", "share", lambda folder: [{"n": n} for n in range(5)], score)
     found = TASKS.get
     monkeypatch.setattr(TASKS, "get", lambda name, where: task if name == "even" else found(name, where=where))
     return task
@@ -43,8 +49,6 @@ def test_the_record_survives_json(random_model, counting_task):
 
 
 def test_inputs_tell_models_items_and_tokenizers_apart(random_model, counting_task, tmp_path):
-    import shutil
-
     inputs = evaluate(random_model, ["even"], None).inputs
     assert evaluate(random_model, ["even"], None).inputs == inputs
     assert evaluate(random_model, ["even"], None, limit=3).inputs != inputs
@@ -64,8 +68,6 @@ def test_progress_is_told(random_model, counting_task):
 
     class Listener:
         def task(self, label, total):
-            from contextlib import nullcontext
-
             steps.append((label, total))
             return nullcontext(steps.append)
 
@@ -86,8 +88,6 @@ def test_an_unknown_task_is_told_with_the_nearest_name(random_model, tasks):
 def test_no_folder_with_data(random_model, tmp_path):
     with pytest.raises(EvaluationError, match="--data-dir"):
         evaluate(random_model, ["math"], tmp_path / "nowhere")
-    import shutil
-
     lonely = shutil.copytree(random_model, tmp_path / "lonely")
     with pytest.raises(EvaluationError, match="none beside the model"):
         evaluate(lonely, ["math"], None)
@@ -110,7 +110,8 @@ def test_no_model(random_model):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1]\n", "not a JSON object"), ('{"a": 1}\n{"a"\n', "line 2"), ("", "empty"), ("\n\n", "empty")]
+    ("text", "message"),
+    [("[1]\n", "not a JSON object"), ('{"a": 1}\n{"a"\n', "line 2"), ("", "empty"), ("\n\n", "empty")],
 )
 def test_a_damaged_test_file(tmp_path, text, message):
     (tmp_path / "math.jsonl").write_text(text)
@@ -118,7 +119,9 @@ def test_a_damaged_test_file(tmp_path, text, message):
         read_items(tmp_path / "math.jsonl")
 
 
-@pytest.mark.parametrize(("items", "value", "stderr"), [([1.0] * 7, 100, 0), ([0.0], 0, 0), ([1.0, 0.0], 50, 35.355339)])
+@pytest.mark.parametrize(
+    ("items", "value", "stderr"), [([1.0] * 7, 100, 0), ([0.0], 0, 0), ([1.0, 0.0], 50, 35.355339)]
+)
 def test_percent_and_binomial_error(items, value, stderr):
     score = summarised("m", items)
     assert (score.value, score.stderr) == (pytest.approx(value), pytest.approx(stderr))

@@ -1,0 +1,181 @@
+"""The whole of Sens-Merging on the tiny family: train, calibrate, merge every way, evaluate, and one honest table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import progress
+from ..errors import OutputError
+from ..evaluation.run import evaluate
+from ..experiments.tables import Row, Table, averages, markdown
+from ..pipeline import merge
+from ..recipe import load_recipe
+from ..records import Coefficients, Scores, write_atomically
+from .documents import DOMAINS
+from .family import Family, train_family
+
+MARK = "demo.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the demo: how it is called, and the part of its recipe below the models."""
+
+    name: str
+    method: str
+    sens: bool
+    merge_method: str
+    settings: str
+
+
+VARIANTS = (
+    Variant("average", "Averaging", False, "linear", ""),
+    Variant("average-paper", "Averaging", True, "linear", "sens: {preset: paper}\n"),
+    Variant("ta", "Task Arithmetic, λ = 1", False, "task_arithmetic", "parameters: {lambda: 1.0}\n"),
+    Variant("ta-paper", "Task Arithmetic, λ = 1", True, "task_arithmetic", "parameters: {lambda: 1.0}\nsens: {preset: paper}\n"),
+    Variant(
+        "ta-auto",
+        "Task Arithmetic, λ auto",
+        False,
+        "task_arithmetic",
+        "parameters: {lambda: auto}\nsens: {rule: uniform}\n",
+    ),
+    Variant(
+        "ta-paper-auto",
+        "Task Arithmetic, λ auto",
+        True,
+        "task_arithmetic",
+        "parameters: {lambda: auto}\nsens: {preset: paper}\n",
+    ),
+    Variant("calibrated", "preset: calibrated", True, "task_arithmetic", "sens: {preset: calibrated}\n"),
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo leaves: its folder, the table, and the coefficients of the first seed's merges by variant."""
+
+    folder: Path
+    table: Table
+    coefficients: dict[str, Coefficients]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One model's scores, with λ and spread where it is a merge."""
+
+    scores: Scores
+    scale: float | None = None
+    coefficients: Coefficients | None = None
+
+
+def recipe_text(variant: Variant, family: Family) -> str:
+    """The YAML of one row: an ordinary recipe that `sensmerge merge` takes."""
+    lines = [f"# {variant.method}{' + Sens' if variant.sens else ''}", f"merge_method: {variant.merge_method}"]
+    lines += [f"base_model: {family.base}", "models:"]
+    needs_data = "sens:" in variant.settings
+    for domain in DOMAINS:
+        lines.append(f"  - model: {family.experts[domain]}")
+        if needs_data:
+            lines.append(f"    sens: {{data: {family.calibration[domain]}}}")
+    return "\n".join(lines) + "\n" + variant.settings
+
+
+def _seed_outcomes(family: Family, folder: Path) -> dict[str, _Outcome]:
+    """Scores of base, experts and every variant's merge; recipes, merges, scores and calibration are kept in `folder`."""
+    outcomes = {
+        name: _Outcome(evaluate(path, DOMAINS, family.test)) for name, path in {"base": family.base, **family.experts}.items()
+    }
+    for variant in VARIANTS:
+        path = folder / "recipes" / f"{variant.name}.yml"
+        write_atomically(path, recipe_text(variant, family))
+        out = folder / "models" / variant.name
+        result = merge(load_recipe(path), out, profiles_dir=folder / "calibration", overwrite=True)
+        outcomes[variant.name] = _Outcome(evaluate(out, DOMAINS, family.test), result.scale, result.coefficients)
+    for name, outcome in outcomes.items():
+        outcome.scores.save(folder / "scores" / f"{name}.json")
+    return outcomes
+
+
+def _joined(numbers: Sequence[float | None], form: str) -> str:
+    """One cell for several seeds: each number, or one if they are all the same."""
+    texts = dict.fromkeys("" if number is None else format(number, form) for number in numbers)
+    return "/".join(texts)
+
+
+def _row(method: str, sens: bool | None, outcomes: Sequence[_Outcome]) -> Row:
+    spreads = [outcome.coefficients.spread if outcome.coefficients else None for outcome in outcomes]
+    return Row(
+        method=method,
+        sens=sens,
+        values={domain: [outcome.scores.tasks[domain].value for outcome in outcomes] for domain in DOMAINS},
+        compared=sens is not None,
+        notes=(_joined([outcome.scale for outcome in outcomes], "g"), _joined(spreads, ".2f")),
+    )
+
+
+def demo_table(size: str, seeds: Sequence[int], by_seed: Sequence[dict[str, _Outcome]]) -> Table:
+    """The demo's table: base and experts on top, then every variant."""
+    rows = [_row(name, None, [outcomes[name] for outcomes in by_seed]) for name in ("base", *DOMAINS)]
+    rows += [_row(variant.method, variant.sens, [outcomes[variant.name] for outcomes in by_seed]) for variant in VARIANTS]
+    told = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± sd over seeds {', '.join(map(str, seeds))}"
+    return Table(f"Tiny family '{size}', {told}, percent", DOMAINS, ("λ", "spread"), rows)
+
+
+def _claim(folder: Path) -> None:
+    """Refuse a folder that holds something other than an earlier demo."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError("the demo's folder is a file", where=str(folder), why="a file is in its place", fix="name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise OutputError(
+            "the demo's folder is not empty",
+            where=str(folder),
+            why="it was not made by an earlier demo, and nothing is overwritten",
+            fix="sensmerge demo NEW_FOLDER",
+        )
+
+
+def run_demo(folder: Path, size: str = "standard", seeds: Sequence[int] = (0,), cache: Path | None = None) -> DemoResult:
+    """Train (or reuse) the family of each seed, calibrate, merge every way, evaluate; write everything into `folder`.
+
+    Leaves seed<k>/{recipes,models,scores,calibration}, table.md and demo.json. Raises OutputError if `folder` holds anything else
+    than an earlier demo. Cost on two quiet cores: the training (see `train_family`) and about a minute a seed.
+    """
+    _claim(folder)
+    if not (folder / MARK).is_file():
+        write_atomically(folder / MARK, json.dumps({"schema": 1, "finished": False}) + "\n")
+    by_seed = []
+    for seed in seeds:
+        family = train_family(size, seed, cache)
+        progress.message(f"family of seed {seed}: {family.folder}")
+        by_seed.append(_seed_outcomes(family, folder / f"seed{seed}"))
+    table = demo_table(size, seeds, by_seed)
+    coefficients = {name: outcome.coefficients for name, outcome in by_seed[0].items() if outcome.coefficients is not None}
+    write_atomically(folder / "table.md", markdown(table))
+    facts = {
+        "schema": 1,
+        "finished": True,
+        "size": size,
+        "seeds": list(seeds),
+        "rows": [
+            {
+                "method": row.method,
+                "sens": row.sens,
+                **{domain: list(row.values[domain]) for domain in DOMAINS},
+                "average": averages(row, DOMAINS),
+            }
+            for row in table.rows
+        ],
+        "merges": {
+            variant.name: {
+                "lambda": [outcomes[variant.name].scale for outcomes in by_seed],
+                "spread": [found.spread if (found := outcomes[variant.name].coefficients) else None for outcomes in by_seed],
+            }
+            for variant in VARIANTS
+        },
+    }
+    write_atomically(folder / MARK, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return DemoResult(folder, table, coefficients)
