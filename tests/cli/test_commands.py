@@ -258,7 +258,7 @@ def test_an_interrupt_leaves_nothing_half_done(
             break
         time.sleep(0.02)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "the same command" in err
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,7 @@ import pytest
 
 from sensmerge import progress
 from sensmerge.errors import EvaluationError, InputFileError, RecipeError
-from sensmerge.evaluation import TASKS, Scores, Task, evaluate, read_items
-from sensmerge.evaluation.run import summarised
+from sensmerge.evaluation import TASKS, Scores, Task, TaskScore, evaluate, read_items
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def test_a_damaged_test_file(tmp_path, text, message):
     ("items", "value", "stderr"), [([1.0] * 7, 100, 0), ([0.0], 0, 0), ([1.0, 0.0], 50, 35.355339)]
 )
 def test_percent_and_binomial_error(items, value, stderr):
-    score = summarised("m", items)
+    score = TaskScore.of("m", items)
     assert (score.value, score.stderr) == (pytest.approx(value), pytest.approx(stderr))
 
 

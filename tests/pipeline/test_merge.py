@@ -212,8 +212,8 @@ def test_the_python_interface_of_the_readme(untrained: FamilyFiles, kept: Path, 
     assert result.coefficients is not None
     assert expected.coefficients is not None
     assert result.coefficients.weights == expected.coefficients.weights
+    other = permuted(recipe, (1, 0, 2), untrained.folder / "api-permuted.yml")
     with pytest.raises(RecipeError, match="belong to other models"):
-        other = permuted(recipe, (1, 0, 2), untrained.folder / "api-permuted.yml")
         sm.merge(other, tmp_path / "no", coefficients=given, profiles_dir=kept)
 
 

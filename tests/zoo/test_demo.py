@@ -19,7 +19,7 @@ HERE = {"XDG_CACHE_HOME": str(CACHE), "OMP_NUM_THREADS": "2"}
 @pytest.fixture(scope="module")
 def demo(
     small_family: Family, sensmerge: Run, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A finished demo: its folder, and the process."""
     assert small_family.folder.is_relative_to(CACHE)
     folder = tmp_path_factory.mktemp("demo") / "out"
@@ -28,7 +28,7 @@ def demo(
     return folder, done
 
 
-def test_it_ends_with_one_table_of_everything(demo: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_it_ends_with_one_table_of_everything(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = demo
     facts = json.loads((folder / "demo.json").read_text())
     assert facts["finished"]
@@ -41,12 +41,21 @@ def test_it_ends_with_one_table_of_everything(demo: tuple[Path, "subprocess.Comp
         assert all(0 <= score <= 100 for score in scores)
         assert row["average"][0] == pytest.approx(sum(scores) / 3)
         assert f"{row['average'][0]:.1f}" in done.stdout
-    for word in ("Averaging", "Task Arithmetic, λ = 1", "calibrated", "average", "spread max|K*sigma - 1|", "model.layers.3"):
+    for word in (
+        "Averaging",
+        "Task Arithmetic, λ = 1",
+        "calibrated",
+        "average",
+        "spread max|K*sigma - 1|",
+        "model.layers.3",
+    ):
         assert word in done.stdout
     assert (folder / "table.md").read_text().count("\n| ") >= 12
 
 
-def test_the_table_is_measured_not_copied(demo: tuple[Path, "subprocess.CompletedProcess[str]"], small_family: Family) -> None:
+def test_the_table_is_measured_not_copied(
+    demo: tuple[Path, subprocess.CompletedProcess[str]], small_family: Family
+) -> None:
     """One row, evaluated again by the public interface from the folder that the demo left."""
     folder, _ = demo
     row = next(row for row in json.loads((folder / "demo.json").read_text())["rows"] if row["method"].endswith("= 1"))
@@ -55,13 +64,13 @@ def test_the_table_is_measured_not_copied(demo: tuple[Path, "subprocess.Complete
         assert scores.tasks[domain].value == pytest.approx(row[domain][0], abs=2.0)
 
 
-def test_experts_are_best_at_their_own_domain(demo: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_experts_are_best_at_their_own_domain(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     rows = {row["method"]: row for row in json.loads((demo[0] / "demo.json").read_text())["rows"]}
     for domain in ("chat", "math", "code"):
         assert rows[domain][domain][0] > rows["base"][domain][0]
 
 
-def test_its_recipes_are_ordinary_ones(demo: tuple[Path, "subprocess.CompletedProcess[str]"], sensmerge: Run) -> None:
+def test_its_recipes_are_ordinary_ones(demo: tuple[Path, subprocess.CompletedProcess[str]], sensmerge: Run) -> None:
     first = demo[0] / "seed0"
     for variant in VARIANTS:
         sm.load_recipe(first / "recipes" / f"{variant.name}.yml")

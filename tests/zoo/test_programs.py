@@ -42,7 +42,7 @@ def test_reference_callables_agree_with_the_source_of_all_specifications():
     draw = seeded(0, "test of all specifications")
     items, answers = [], []
     for spec in all_specifications():
-        items.append({"argument": spec.argument, "tests": hidden_tests(spec, draw)})
+        items.append({"argument": spec.argument, "tests": hidden_tests(spec, draw, None)})
         answers.append(f" return {spec.source}")
     assert grade_programs(answers, items) == [1.0] * len(items)
 

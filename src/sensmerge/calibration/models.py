@@ -29,24 +29,37 @@ def choose_device(name: str) -> str:
     return name
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside the block transformers shows no progress bars of its own; a front end listens to `progress` instead."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_model(folder: Path, device: str, compute_dtype: str | None) -> Any:
     """The causal language model in `folder`, in evaluation mode; float32 on a CPU and bfloat16 on a GPU unless named.
 
     Raises InputFileError if transformers cannot load it, or if it would have to invent or ignore a weight.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     dtype = compute_dtype or ("float32" if device == "cpu" else "bfloat16")
-    logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=COMPUTE_DTYPES[dtype],
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
+        with without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=COMPUTE_DTYPES[dtype],
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputFileError(
             "transformers cannot load this model",

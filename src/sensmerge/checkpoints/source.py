@@ -23,6 +23,29 @@ FINGERPRINT_BLOCKS = 16
 FINGERPRINT_BLOCK_BYTES = 4096
 
 
+# What a tokenizer is made of: a change in any of these changes the token ids of the samples.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def tokenizer_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of each tokenizer file in a model folder: the same weights with another tokenizer are another model."""
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in TOKENIZER_FILES
+        if (folder / name).is_file()
+    }
+
+
 class TensorSource(Protocol):
     """A model as a set of named tensors that can be read in pieces."""
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import EvaluationError, InputFileError
+from ..calibration.models import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,20 +17,6 @@ LOGITS_AT_ONCE = 2**26
 """At most this many logits (256 MiB of float32) stand in memory in one batch."""
 
 SEQUENCES_AT_ONCE = 256
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Inside the block transformers shows no progress bars of its own; a front end listens to `progress` instead."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 class LanguageModel:
@@ -46,30 +31,9 @@ class LanguageModel:
     def load(cls, folder: Path, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
         """The model in a local folder; nothing is downloaded and no code from the folder runs.
 
-        InputFileError if there is no model, EvaluationError if transformers cannot load it.
+        Raises InputFileError if transformers cannot load it, or would have to invent a weight.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        if not (folder / "config.json").is_file():
-            raise InputFileError(
-                f"there is no model in {folder.name}",
-                where=str(folder),
-                why="a model folder holds a config.json",
-                fix="pass the folder that a merge wrote, or a local Hugging Face model",
-            )
-        local = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            with without_bars():
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **local)
-                tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise EvaluationError(
-                "the model cannot be loaded",
-                where=str(folder),
-                why=str(error).strip().partition("\n")[0],
-                fix="check the folder: sensmerge check DIR",
-            ) from error
-        return cls(model.to(device), tokenizer)
+        return cls(load_model(folder, device, dtype), load_tokenizer(folder))
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt, begun with bos if the tokenizer itself adds it; never ended with eos."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import progress
-from ..checkpoints.source import ModelFolder
+from ..checkpoints.source import ModelFolder, tokenizer_hashes
 from ..errors import EvaluationError
 from ..records import Scores, TaskScore, hash_of
 from .tasks import TASKS, Item, Task
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def evaluate(
@@ -34,7 +31,7 @@ def evaluate(
         language_model = LanguageModel.load(model, device=device)
         for task in chosen:
             scored = task.score(language_model, items[task.name])
-            results[task.name] = summarised(task.metric, [float(score) for score in scored])
+            results[task.name] = TaskScore.of(task.metric, [float(score) for score in scored])
             advance(1)
     return Scores(
         schema=Scores.SCHEMA,
@@ -42,15 +39,8 @@ def evaluate(
         fingerprint=fingerprint,
         tasks=results,
         average=math.fsum(score.value for score in results.values()) / len(results),
-        inputs=hash_of("evaluation", fingerprint, _tokenizer_hash(model), items),
+        inputs=hash_of("evaluation", fingerprint, tokenizer_hashes(model), items),
     )
-
-
-def summarised(metric: str, items: list[float]) -> TaskScore:
-    """The score of at least one item; its standard error is the binomial one."""
-    mean = math.fsum(items) / len(items)
-    stderr = math.sqrt(mean * (1 - mean) / len(items))
-    return TaskScore(metric=metric, value=100 * mean, samples=len(items), stderr=100 * stderr, items=items)
 
 
 def _data_folder(model: Path, data_dir: Path | None) -> Path:
@@ -91,13 +81,3 @@ def _fingerprint(model: Path) -> str:
     """The model's identity; see ModelFolder.fingerprint."""
     with ModelFolder(model) as source:
         return source.fingerprint()
-
-
-def _tokenizer_hash(model: Path) -> str:
-    """SHA-256 of the tokenizer's files: the same weights with another tokenizer are another model."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        path = model / name
-        digest.update(f"{name}:".encode())
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()

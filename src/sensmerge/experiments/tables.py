@@ -35,7 +35,9 @@ class Table:
 
 def averages(row: Row, columns: Sequence[str]) -> list[float]:
     """The mean over columns, for each seed."""
-    return [math.fsum(values) / len(columns) for values in zip(*(row.values[column] for column in columns), strict=True)]
+    return [
+        math.fsum(values) / len(columns) for values in zip(*(row.values[column] for column in columns), strict=True)
+    ]
 
 
 def _values(row: Row, column: str, columns: Sequence[str]) -> list[float]:
@@ -56,7 +58,8 @@ def cells(table: Table) -> tuple[list[str], list[list[str]], list[list[bool]]]:
     scored = [*table.columns, "average"]
     best = {
         column: max(
-            (statistics.fmean(_values(row, column, table.columns)) for row in table.rows if row.compared), default=math.inf
+            (statistics.fmean(_values(row, column, table.columns)) for row in table.rows if row.compared),
+            default=math.inf,
         )
         for column in scored
     }
@@ -76,5 +79,7 @@ def markdown(table: Table) -> str:
     header, texts, bold = cells(table)
     lines = [f"**{table.title}**", "", "| " + " | ".join(header) + " |", "|---|:-:|" + "---:|" * (len(header) - 2)]
     for row, marks in zip(texts, bold, strict=True):
-        lines.append("| " + " | ".join(f"**{text}**" if best else text for text, best in zip(row, marks, strict=True)) + " |")
+        lines.append(
+            "| " + " | ".join(f"**{text}**" if best else text for text, best in zip(row, marks, strict=True)) + " |"
+        )
     return "\n".join(lines) + "\n"

@@ -14,13 +14,13 @@ from .. import progress
 from ..calibration.samples import draw, encode_samples, read_samples
 from ..checkpoints.families import group_tensors
 from ..checkpoints.formats import to_float32
-from ..checkpoints.source import ModelFolder
+from ..checkpoints.source import ModelFolder, tokenizer_hashes
 from ..distances import DISTANCES
 from ..errors import CalibrationDataError, InputFileError
 from ..recipe import settings_of
 from ..records import Alignment, CalibrationSet, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
-from .models import TOKENIZER_FILES, RecipeModels, find_file, source_of
+from .models import RecipeModels, find_file, source_of
 
 if TYPE_CHECKING:
     from ..calibration.sensitivity import Reduce
@@ -86,7 +86,7 @@ def _profile_inputs(recipe: Recipe, models: RecipeModels, index: int, data: Path
         "profile 1",
         fingerprint,
         base,
-        {name: _file_hash(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()},
+        tokenizer_hashes(folder),
         _file_hash(data),
         dict(source_of(recipe, index).fields),
         _picked(settings, _PROFILE_KEYS),

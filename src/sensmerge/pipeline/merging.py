@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import progress
+from ..checkpoints.source import TOKENIZER_FILES
 from ..checkpoints.writer import output_config
 from ..errors import OutputError, RecipeError
 from ..execution.run import execute
@@ -22,7 +23,7 @@ from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_ato
 from ..report.model_card import is_hub_id, model_card
 from ..rules.compute import applied
 from .calibrating import Calibration, calibrate_models, calibration_set, profiles_folder
-from .models import TOKENIZER_FILES, RecipeModels, open_models, search_folders
+from .models import RecipeModels, open_models, search_folders
 from .weighing import coefficients_of, needs_calibration, sized
 
 SHARD_BYTES = 5_000_000_000

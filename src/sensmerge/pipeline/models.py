@@ -13,19 +13,6 @@ from ..checkpoints.source import ModelFolder
 from ..errors import CalibrationDataError
 from ..records import Recipe, SensSource
 
-# What a tokenizer is made of: a change in any of these changes the token ids of the samples.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 
 def expert_names(models: Sequence[str]) -> list[str]:
     """The last component of each `model:` string (the adapter's for base+adapter), then -2, -3 where it is taken."""

@@ -25,6 +25,7 @@ STATEMENT_SHARES = {"chat": 0.2, "math": 0.4, "code": 0.4}
 CHAT_STATEMENTS = 0.5
 """The part of the chat expert's documents that tell facts; the rest asks about them."""
 
+
 @dataclass(frozen=True)
 class Batch:
     """`ids`, `labels`: int64 [rows, positions]; the label at a position is the token it must predict, or IGNORED."""

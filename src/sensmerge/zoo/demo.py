@@ -35,7 +35,13 @@ VARIANTS = (
     Variant("average", "Averaging", False, "linear", ""),
     Variant("average-paper", "Averaging", True, "linear", "sens: {preset: paper}\n"),
     Variant("ta", "Task Arithmetic, λ = 1", False, "task_arithmetic", "parameters: {lambda: 1.0}\n"),
-    Variant("ta-paper", "Task Arithmetic, λ = 1", True, "task_arithmetic", "parameters: {lambda: 1.0}\nsens: {preset: paper}\n"),
+    Variant(
+        "ta-paper",
+        "Task Arithmetic, λ = 1",
+        True,
+        "task_arithmetic",
+        "parameters: {lambda: 1.0}\nsens: {preset: paper}\n",
+    ),
     Variant(
         "ta-auto",
         "Task Arithmetic, λ auto",
@@ -87,7 +93,8 @@ def recipe_text(variant: Variant, family: Family) -> str:
 def _seed_outcomes(family: Family, folder: Path) -> dict[str, _Outcome]:
     """Scores of base, experts and every variant's merge; recipes, merges, scores and calibration are kept in `folder`."""
     outcomes = {
-        name: _Outcome(evaluate(path, DOMAINS, family.test)) for name, path in {"base": family.base, **family.experts}.items()
+        name: _Outcome(evaluate(path, DOMAINS, family.test))
+        for name, path in {"base": family.base, **family.experts}.items()
     }
     for variant in VARIANTS:
         path = folder / "recipes" / f"{variant.name}.yml"
@@ -120,7 +127,9 @@ def _row(method: str, sens: bool | None, outcomes: Sequence[_Outcome]) -> Row:
 def demo_table(size: str, seeds: Sequence[int], by_seed: Sequence[dict[str, _Outcome]]) -> Table:
     """The demo's table: base and experts on top, then every variant."""
     rows = [_row(name, None, [outcomes[name] for outcomes in by_seed]) for name in ("base", *DOMAINS)]
-    rows += [_row(variant.method, variant.sens, [outcomes[variant.name] for outcomes in by_seed]) for variant in VARIANTS]
+    rows += [
+        _row(variant.method, variant.sens, [outcomes[variant.name] for outcomes in by_seed]) for variant in VARIANTS
+    ]
     told = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± sd over seeds {', '.join(map(str, seeds))}"
     return Table(f"Tiny family '{size}', {told}, percent", DOMAINS, ("λ", "spread"), rows)
 
@@ -128,7 +137,9 @@ def demo_table(size: str, seeds: Sequence[int], by_seed: Sequence[dict[str, _Out
 def _claim(folder: Path) -> None:
     """Refuse a folder that holds something other than an earlier demo."""
     if folder.exists() and not folder.is_dir():
-        raise OutputError("the demo's folder is a file", where=str(folder), why="a file is in its place", fix="name another folder")
+        raise OutputError(
+            "the demo's folder is a file", where=str(folder), why="a file is in its place", fix="name another folder"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise OutputError(
             "the demo's folder is not empty",
@@ -138,7 +149,9 @@ def _claim(folder: Path) -> None:
         )
 
 
-def run_demo(folder: Path, size: str = "standard", seeds: Sequence[int] = (0,), cache: Path | None = None) -> DemoResult:
+def run_demo(
+    folder: Path, size: str = "standard", seeds: Sequence[int] = (0,), cache: Path | None = None
+) -> DemoResult:
     """Train (or reuse) the family of each seed, calibrate, merge every way, evaluate; write everything into `folder`.
 
     Leaves seed<k>/{recipes,models,scores,calibration}, table.md and demo.json. Raises OutputError if `folder` holds anything else
@@ -153,7 +166,9 @@ def run_demo(folder: Path, size: str = "standard", seeds: Sequence[int] = (0,), 
         progress.message(f"family of seed {seed}: {family.folder}")
         by_seed.append(_seed_outcomes(family, folder / f"seed{seed}"))
     table = demo_table(size, seeds, by_seed)
-    coefficients = {name: outcome.coefficients for name, outcome in by_seed[0].items() if outcome.coefficients is not None}
+    coefficients = {
+        name: outcome.coefficients for name, outcome in by_seed[0].items() if outcome.coefficients is not None
+    }
     write_atomically(folder / "table.md", markdown(table))
     facts = {
         "schema": 1,
@@ -172,7 +187,9 @@ def run_demo(folder: Path, size: str = "standard", seeds: Sequence[int] = (0,), 
         "merges": {
             variant.name: {
                 "lambda": [outcomes[variant.name].scale for outcomes in by_seed],
-                "spread": [found.spread if (found := outcomes[variant.name].coefficients) else None for outcomes in by_seed],
+                "spread": [
+                    found.spread if (found := outcomes[variant.name].coefficients) else None for outcomes in by_seed
+                ],
             }
             for variant in VARIANTS
         },

@@ -197,7 +197,7 @@ def _train_expert(
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """An ordinary Hugging Face folder."""
-    from ..evaluation.language_model import without_bars
+    from ..calibration.models import without_bars
 
     with without_bars():
         model.save_pretrained(folder)
