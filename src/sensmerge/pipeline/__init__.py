@@ -13,7 +13,7 @@ from ..recipe import checked_setting, settings_of
 from ..records import Alignment, Coefficients, MergePlan, Recipe, SensitivityProfile, SensSettings
 from ..rules.compute import compute
 from .calibrating import Calibration, calibrate_models, profiles_folder
-from .merging import SHARD_BYTES, MergeResult, check_output, merge
+from .merging import SHARD_BYTES, MergeResult, check_output, merge, versions
 from .models import expert_names, open_models
 from .weighing import coefficients_of, measurements, needs_calibration, sized
 
@@ -85,4 +85,4 @@ def dry_run(recipe: Recipe, out: str | Path, *, overwrite: bool = False, shard_b
         return make_plan(recipe, models.base, models.experts, coefficients=None, scale=scale, shard_bytes=shard_bytes)
 
 
-__all__ = ["MergeResult", "calibrate", "coefficients", "dry_run", "merge", "weigh"]
+__all__ = ["MergeResult", "calibrate", "coefficients", "dry_run", "merge", "versions", "weigh"]

@@ -205,7 +205,8 @@ def _copy_companions(recipe: Recipe, models: RecipeModels, staging: Path) -> Non
             shutil.copyfile(donor.path / name, staging / name)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
     return {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONED}}
 
 
@@ -236,7 +237,7 @@ def _describe(
         "lambda": prepared.plan.scale,
         "inputs": {model.label: model.fingerprint() for model in models.all},
         "outputs": dict(hashes),
-        "versions": _versions(),
+        "versions": versions(),
         "seed": None if recipe.sens is None else recipe.sens.seed,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 3),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from .. import progress
 from ..errors import OutputError
 from ..evaluation.run import evaluate
 from ..experiments.tables import Row, Table, averages, markdown
-from ..pipeline import merge
+from ..pipeline import merge, versions
 from ..recipe import load_recipe
 from ..records import Coefficients, Scores, write_atomically
 from .documents import DOMAINS
@@ -173,6 +175,9 @@ def run_demo(
     facts = {
         "schema": 1,
         "finished": True,
+        "command": f"sensmerge demo {folder.name} --size {size} --seed {seeds[0]} --seeds {len(seeds)}",
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "size": size,
         "seeds": list(seeds),
         "rows": [

@@ -63,10 +63,10 @@ SIZES: dict[str, Size] = {
     "small": Size(
         name="small",
         layers=4,
-        base_steps=450,
+        base_steps=420,
         base_rate=4e-3,
         question_share=0.35,
-        experts={"chat": Stage(240, 1.2e-3), "math": Stage(240, 1e-3), "code": Stage(110, 1e-3)},
+        experts={"chat": Stage(180, 1.2e-3), "math": Stage(220, 1e-3), "code": Stage(80, 1e-3)},
         test_items=100,
     ),
     "standard": Size(
