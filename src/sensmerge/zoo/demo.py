@@ -18,6 +18,8 @@ from ..recipe import load_recipe
 from ..records import Coefficients, Scores, write_atomically
 from .documents import DOMAINS
 from .family import Family, train_family
+from .sizes import size_named
+from .training import threads
 
 MARK = "demo.json"
 
@@ -166,7 +168,9 @@ def run_demo(
     for seed in seeds:
         family = train_family(size, seed, cache)
         progress.message(f"family of seed {seed}: {family.folder}")
-        by_seed.append(_seed_outcomes(family, folder / f"seed{seed}"))
+        # As many threads as the training used: models this small only lose by more, on a busy machine a great deal.
+        with threads(size_named(size).threads):
+            by_seed.append(_seed_outcomes(family, folder / f"seed{seed}"))
     table = demo_table(size, seeds, by_seed)
     coefficients = {
         name: outcome.coefficients for name, outcome in by_seed[0].items() if outcome.coefficients is not None

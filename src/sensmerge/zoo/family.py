@@ -60,7 +60,7 @@ def train_family(size: str, seed: int = 0, cache: Path | None = None) -> Family:
     """The family of `size` ("small" or "standard") and `seed`, from the cache or trained now.
 
     `cache` is $XDG_CACHE_HOME/sensmerge/zoo by default. A folder in it is complete or absent, whoever else trains at the same
-    time. Cost on two quiet cores: about a minute (small), about three (standard). RecipeError for an unknown size.
+    time. Cost on two quiet cores: a little over a minute (small), about four (standard). RecipeError for an unknown size.
     """
     recipe = size_named(size)
     root = default_cache() if cache is None else cache
