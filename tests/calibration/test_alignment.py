@@ -128,14 +128,14 @@ def test_exchanging_two_experts_exchanges_their_distances() -> None:
         ((0, 0, 0, 1, 1), "loss", [2, 3]),
         ((0, 0, 0, 1, 1), "last", [2]),
         ((0, 1, 1), "loss", [0, 1]),
-        ((0, 1, 1), "last", [2]),
+        ((0, 1, 1), "last", [0]),
         ((0, 0, 1), "last", [1]),
         ((0, 1, 0, 1), "loss", [0, 2]),
         ((0, 1), "all", [0, 1]),
     ],
 )
 def test_compared_positions(mask: tuple[int, ...], positions: str, expected: list[int]) -> None:
-    """`last` is the end of the prompt; of a sample without a prompt, its last token."""
+    """`last` predicts the first loss token: the end of the prompt, or the first token of a sample without one."""
     assert list(compared_positions(mask, positions)) == expected
 
 

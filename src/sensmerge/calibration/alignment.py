@@ -22,15 +22,13 @@ LOGITS_AT_ONCE = 1 << 23
 def compared_positions(mask: Sequence[int], positions: str) -> list[int]:
     """The positions of a sample at which logits are compared.
 
-    `all`: every token; `loss`: those that predict a loss token; `last`: the end of the prompt, which predicts the first loss
-    token, or the last token of a sample without a prompt.
+    `all`: every token; `loss`: those that predict a loss token; `last`: the one that predicts the first loss token, which is
+    the end of the prompt (the first token of a sample without one).
     """
     if positions == "all":
         return list(range(len(mask)))
     predicting = [position - 1 for position, counts in enumerate(mask) if counts]
-    if positions == "loss":
-        return predicting
-    return [predicting[0] if predicting[0] > 0 else len(mask) - 1]
+    return predicting if positions == "loss" else predicting[:1]
 
 
 def _mean_distance(model_TV: Tensor, expert_TV: Tensor, distance: Distance) -> float:
