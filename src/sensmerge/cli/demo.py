@@ -46,7 +46,7 @@ def demo(
         [f"*{text}" if best else text for text, best in zip(row, marks, strict=True)]
         for row, marks in zip(texts, bold, strict=True)
     ]
-    print_table(f"{result.table.title} (* best)", header, starred, bold)
+    print_table(f"{result.table.title} (* best)", header, starred, bold=bold)
     first = folder / f"seed{seed}"
     print(f"recipes, models, scores and calibration are in {folder}; for example:")
     print(f"  sensmerge coefficients {first}/recipes/ta-paper.yml --profiles {first}/calibration --temperature 0.05")

@@ -49,4 +49,6 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json
     if as_json:
         print_json(found)
         return
-    print_table(kind.value, ["name", "what it is"], [[name, summary] for name, summary in found.items()])
+    print_table(
+        kind.value, ["name", "what it is"], [[name, summary] for name, summary in found.items()], text_columns=2
+    )

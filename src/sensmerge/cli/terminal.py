@@ -27,16 +27,21 @@ def print_json(value: Any) -> None:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[Sequence[bool]] | None = None
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    text_columns: int = 1,
+    bold: Sequence[Sequence[bool]] | None = None,
 ) -> None:
-    """A table on standard output; the first column is text, the others are numbers; `bold` marks cells."""
+    """A table on standard output; the first `text_columns` are text, the others numbers; `bold` marks cells."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", header_style="bold")
     for at, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if at == 0 else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if at < text_columns else "right", no_wrap=True)
     for at, row in enumerate(rows):
         marks = [False] * len(row) if bold is None else bold[at]
         table.add_row(*(Text(text, "bold" if mark else "") for text, mark in zip(row, marks, strict=True)))

@@ -13,6 +13,7 @@ from .. import progress
 from ..errors import OutputError
 from ..evaluation.run import evaluate
 from ..experiments.tables import Row, Table, averages, markdown
+from ..methods import METHODS
 from ..pipeline import merge, versions
 from ..recipe import load_recipe
 from ..records import Coefficients, Scores, write_atomically
@@ -105,16 +106,17 @@ def _seed_outcomes(family: Family, folder: Path) -> dict[str, _Outcome]:
         write_atomically(path, recipe_text(variant, family))
         out = folder / "models" / variant.name
         result = merge(load_recipe(path), out, profiles_dir=folder / "calibration", overwrite=True)
-        outcomes[variant.name] = _Outcome(evaluate(out, DOMAINS, family.test), result.scale, result.coefficients)
+        scale = result.scale if METHODS.get(variant.merge_method, where=str(path)).adds else None
+        outcomes[variant.name] = _Outcome(evaluate(out, DOMAINS, family.test), scale, result.coefficients)
     for name, outcome in outcomes.items():
         outcome.scores.save(folder / "scores" / f"{name}.json")
     return outcomes
 
 
-def _joined(numbers: Sequence[float | None], form: str) -> str:
-    """One cell for several seeds: each number, or one if they are all the same."""
-    texts = dict.fromkeys("" if number is None else format(number, form) for number in numbers)
-    return "/".join(texts)
+def _range(numbers: Sequence[float | None], form: str) -> str:
+    """One cell for several seeds: from the smallest to the largest, one number if they are told alike."""
+    known = sorted(number for number in numbers if number is not None)
+    return "–".join(dict.fromkeys(format(number, form) for number in (known[0], known[-1]))) if known else ""
 
 
 def _row(method: str, sens: bool | None, outcomes: Sequence[_Outcome]) -> Row:
@@ -124,7 +126,7 @@ def _row(method: str, sens: bool | None, outcomes: Sequence[_Outcome]) -> Row:
         sens=sens,
         values={domain: [outcome.scores.tasks[domain].value for outcome in outcomes] for domain in DOMAINS},
         compared=sens is not None,
-        notes=(_joined([outcome.scale for outcome in outcomes], "g"), _joined(spreads, ".2f")),
+        notes=(_range([outcome.scale for outcome in outcomes], "g"), _range(spreads, ".2f")),
     )
 
 
