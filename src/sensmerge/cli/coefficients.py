@@ -16,24 +16,19 @@ if TYPE_CHECKING:
 
 
 def show(result: Coefficients) -> None:
-    """Print the coefficients as a table: what multiplies each expert's task vector in each layer, τ, and the spread."""
+    """Print what multiplies each expert's task vector in each layer, then what it was made from: α, τ, and the spread."""
     scale = "auto" if result.lambda_ is None else f"{result.lambda_:g}"
-    title = f"Coefficients: preset {result.preset}, rule {result.rule}, T = {result.temperature:g}, lambda = {scale}"
-    rows = [
-        [layer, *(f"{row[at]:.4f}" for row in result.weights), *(f"{row[at]:.4f}" for row in result.alpha)]
-        for at, layer in enumerate(result.layers)
-    ]
+    applied = 1.0 if result.lambda_ is None else result.lambda_
+    rows = [[layer, *(f"{row[at]:.4f}" for row in result.weights)] for at, layer in enumerate(result.layers)]
     rows += [
-        [
-            f"({role})",
-            *(f"{result.total * s * w * (result.lambda_ or 1.0):.4f}" for s, w in zip(sigma, result.w, strict=True)),
-        ]
-        + [""] * len(sigma)
+        [f"({role})", *(f"{applied * w * result.total * s:.4f}" for s, w in zip(sigma, result.w, strict=True))]
         for role, sigma in result.other.items()
     ]
-    rows.append(["tau", *(f"{tau:.4f}" for tau in result.tau), *([""] * len(result.tau))])
-    columns = ["layer", *result.models, *(f"alpha {name}" for name in result.models)]
-    print_table(title, columns, rows)
+    title = f"Coefficients: preset {result.preset}, rule {result.rule}, T = {result.temperature:g}, lambda = {scale}"
+    print_table(title, ["layer", *result.models], rows)
+    factors = [[layer, *(f"{row[at]:.4f}" for row in result.alpha)] for at, layer in enumerate(result.layers)]
+    factors.append(["tau", *(f"{tau:.4f}" for tau in result.tau)])
+    print_table("Made from alpha (by layer, eq. 3) and tau (eq. 5)", ["layer", *result.models], factors)
     print(f"spread max|K*sigma - 1| = {result.spread:.4f}")
 
 

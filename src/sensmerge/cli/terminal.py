@@ -35,20 +35,20 @@ def print_table(
     bold: Sequence[Sequence[bool]] | None = None,
 ) -> None:
     """A table on standard output; the first `text_columns` are text, the others numbers; `bold` marks cells."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for at, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if at < text_columns else "right", no_wrap=True)
     for at, row in enumerate(rows):
         marks = [False] * len(row) if bold is None else bold[at]
         table.add_row(*(Text(text, "bold" if mark else "") for text, mark in zip(row, marks, strict=True)))
-    console = Console(highlight=False)
-    # A pipe has no width: give the table all it needs instead of cutting it.
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(80, Console(width=1000).measure(table).maximum))
+    # All the width it needs: a line that the terminal wraps can be read, a number that is cut cannot.
+    console = Console(highlight=False, width=max(80, Console(width=1000).measure(table).maximum))
+    console.print(Text(title, "bold"), soft_wrap=True)
     console.print(table)
 
 
