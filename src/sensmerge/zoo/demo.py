@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import progress
 from ..errors import OutputError
 from ..evaluation.run import evaluate
-from ..experiments.tables import Row, Table, averages, markdown
+from ..experiments.tables import Row, Table, markdown
 from ..methods import METHODS
 from ..pipeline import merge, versions
 from ..recipe import load_recipe
@@ -113,31 +114,40 @@ def _seed_outcomes(family: Family, folder: Path) -> dict[str, _Outcome]:
     return outcomes
 
 
-def _range(numbers: Sequence[float | None], form: str) -> str:
+def _range(numbers: Sequence[float] | None, form: str) -> str:
     """One cell for several seeds: from the smallest to the largest, one number if they are told alike."""
-    known = sorted(number for number in numbers if number is not None)
-    return "–".join(dict.fromkeys(format(number, form) for number in (known[0], known[-1]))) if known else ""
+    return "–".join(dict.fromkeys(format(number, form) for number in (min(numbers), max(numbers)))) if numbers else ""
 
 
-def _row(method: str, sens: bool | None, outcomes: Sequence[_Outcome]) -> Row:
-    spreads = [outcome.coefficients.spread if outcome.coefficients else None for outcome in outcomes]
-    return Row(
-        method=method,
-        sens=sens,
-        values={domain: [outcome.scores.tasks[domain].value for outcome in outcomes] for domain in DOMAINS},
-        compared=sens is not None,
-        notes=(_range([outcome.scale for outcome in outcomes], "g"), _range(spreads, ".2f")),
-    )
+def _row_facts(method: str, sens: bool | None, outcomes: Sequence[_Outcome]) -> dict[str, Any]:
+    """One row of demo.json: lists over the seeds; λ and spread are null where there are none."""
+    scales = [outcome.scale for outcome in outcomes if outcome.scale is not None]
+    spreads = [outcome.coefficients.spread for outcome in outcomes if outcome.coefficients is not None]
+    return {
+        "method": method,
+        "sens": sens,
+        **{domain: [outcome.scores.tasks[domain].value for outcome in outcomes] for domain in DOMAINS},
+        "average": [outcome.scores.average for outcome in outcomes],
+        "lambda": scales or None,
+        "spread": spreads or None,
+    }
 
 
-def demo_table(size: str, seeds: Sequence[int], by_seed: Sequence[dict[str, _Outcome]]) -> Table:
-    """The demo's table: base and experts on top, then every variant."""
-    rows = [_row(name, None, [outcomes[name] for outcomes in by_seed]) for name in ("base", *DOMAINS)]
-    rows += [
-        _row(variant.method, variant.sens, [outcomes[variant.name] for outcomes in by_seed]) for variant in VARIANTS
-    ]
+def table_of(facts: Mapping[str, Any]) -> Table:
+    """The demo's table from the contents of its demo.json: base and experts on top, then every variant."""
+    seeds = facts["seeds"]
     told = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± sd over seeds {', '.join(map(str, seeds))}"
-    return Table(f"Tiny family '{size}', {told}, percent", DOMAINS, ("λ", "spread"), rows)
+    rows = [
+        Row(
+            method=row["method"],
+            sens=row["sens"],
+            values={domain: row[domain] for domain in DOMAINS},
+            compared=row["sens"] is not None,
+            notes=(_range(row["lambda"], "g"), _range(row["spread"], ".2f")),
+        )
+        for row in facts["rows"]
+    ]
+    return Table(f"Tiny family '{facts['size']}', {told}, percent", DOMAINS, ("λ", "spread"), rows)
 
 
 def _claim(folder: Path) -> None:
@@ -173,11 +183,11 @@ def run_demo(
         # As many threads as the training used: models this small only lose by more, on a busy machine a great deal.
         with threads(size_named(size).threads):
             by_seed.append(_seed_outcomes(family, folder / f"seed{seed}"))
-    table = demo_table(size, seeds, by_seed)
-    coefficients = {
-        name: outcome.coefficients for name, outcome in by_seed[0].items() if outcome.coefficients is not None
-    }
-    write_atomically(folder / "table.md", markdown(table))
+    rows = [_row_facts(name, None, [outcomes[name] for outcomes in by_seed]) for name in ("base", *DOMAINS)]
+    rows += [
+        _row_facts(variant.method, variant.sens, [outcomes[variant.name] for outcomes in by_seed])
+        for variant in VARIANTS
+    ]
     facts = {
         "schema": 1,
         "finished": True,
@@ -186,24 +196,12 @@ def run_demo(
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "size": size,
         "seeds": list(seeds),
-        "rows": [
-            {
-                "method": row.method,
-                "sens": row.sens,
-                **{domain: list(row.values[domain]) for domain in DOMAINS},
-                "average": averages(row, DOMAINS),
-            }
-            for row in table.rows
-        ],
-        "merges": {
-            variant.name: {
-                "lambda": [outcomes[variant.name].scale for outcomes in by_seed],
-                "spread": [
-                    found.spread if (found := outcomes[variant.name].coefficients) else None for outcomes in by_seed
-                ],
-            }
-            for variant in VARIANTS
-        },
+        "rows": rows,
     }
+    table = table_of(facts)
+    write_atomically(folder / "table.md", markdown(table))
     write_atomically(folder / MARK, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    coefficients = {
+        name: outcome.coefficients for name, outcome in by_seed[0].items() if outcome.coefficients is not None
+    }
     return DemoResult(folder, table, coefficients)
