@@ -35,7 +35,7 @@ def test_the_recipe_page_lists_every_key_and_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", sorted(path.name for path in (ROOT / "docs").glob("*.md")) + ["README.md", "CONTRIBUTING.md"]
+    "page", [*sorted(path.name for path in (ROOT / "docs").glob("*.md")), "README.md", "CONTRIBUTING.md"]
 )
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
