@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from . import progress
 from .calibration.samples import FIELDS
 from .checkpoints.formats import DTYPES
 from .distances import DISTANCES
@@ -77,6 +78,12 @@ def checked_setting(key: str, value: Any, where: str) -> Any:
     return number
 
 
+def _tell_unused_temperature(settings: SensSettings, where: str) -> None:
+    """Warn that a temperature was named which the rule does not use."""
+    if not RULES.get(settings.rule, where=where).uses_temperature:
+        progress.warning(f"{where}: `rule: {settings.rule}` has no temperature, so this one changes nothing")
+
+
 def _sens_settings(section: Section) -> tuple[SensSettings, Preset]:
     section.allow(field.name for field in fields(SensSettings))
     chosen = preset(section.text("preset", "paper") or "paper", where=f"{section.path}:{section.line_of('preset')}")
@@ -89,6 +96,8 @@ def _sens_settings(section: Section) -> tuple[SensSettings, Preset]:
             where = f"{section.path}:{section.line_of(field.name)}"
             defaults[field.name] = checked_setting(field.name, value, where)
     settings = SensSettings(**defaults)
+    if "temperature" in section:
+        _tell_unused_temperature(settings, f"{section.path}:{section.line_of('temperature')}")
     if settings.positions == "last" and settings.loss == "all":
         raise section.error(
             "`positions: last` cannot be used with `loss: all`",
@@ -104,7 +113,10 @@ def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     if recipe.sens is None:
         raise _no_sens(recipe)
     checked = {key: checked_setting(key, value, f"--{key}") for key, value in changes.items() if value is not None}
-    return replace(recipe, sens=replace(recipe.sens, **checked))
+    sens = replace(recipe.sens, **checked)
+    if "temperature" in checked:
+        _tell_unused_temperature(sens, "--temperature")
+    return replace(recipe, sens=sens)
 
 
 def _no_sens(recipe: Recipe) -> RecipeError:

@@ -11,12 +11,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from .errors import InputFileError
+from .errors import InputFileError, ResourceError
 
 Json = dict[str, Any]
 
@@ -28,11 +28,19 @@ def hash_of(*parts: object) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `text` beside `path`, then rename: readers see the old file or the whole new one. Raises ResourceError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ResourceError(
+            "a file could not be written",
+            where=str(path),
+            why=str(error),
+            fix="free some space or choose a folder that can be written to (--profiles DIR for calibration), then run it again",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -378,4 +386,3 @@ class MergePlan:
     shards: tuple[tuple[str, tuple[str, ...]], ...]
     bytes_read: int
     bytes_written: int
-    warnings: Sequence[str] = field(default=())

@@ -55,7 +55,8 @@ def base_state(tied: bool) -> dict[str, Tensor]:
 
 def reducer(score: str, tied: bool) -> Reduce:
     if score == "task_vector":
-        return task_vector_score(lambda name: base_state(tied)[name])
+        tuned = dict(tiny_llama(0, tie_word_embeddings=tied).named_parameters())
+        return task_vector_score(lambda name: tuned[name].detach() - base_state(tied)[name])
     return {"weight": weight_score, "fisher": fisher_score}[score]
 
 

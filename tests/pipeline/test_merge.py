@@ -421,3 +421,93 @@ def test_buffers_of_old_checkpoints_are_carried_along(untrained: FamilyFiles, tm
     recipe = write_recipe(untrained, tmp_path / "buffers.yml", sens={"temperature": 0.05, "group": group})
     sm.merge(sm.load_recipe(recipe), tmp_path / "out")
     assert torch.equal(weights(tmp_path / "out")[name], frequencies)
+
+
+def test_overwriting_never_takes_what_the_merge_needs(untrained: FamilyFiles, kept: Path, tmp_path: Path) -> None:
+    """OUT may not hold the recipe, its data or its calibration, however plainly the user said --overwrite."""
+    for name in ("project", "data"):
+        (tmp_path / name).mkdir()
+    data = tmp_path / "data" / "samples.jsonl"
+    data.write_text('{"text": "one two three"}\n')
+    models = "".join(f"  - model: {expert}\n    sens: {{data: {data}}}\n" for expert in untrained.experts)
+    recipe = tmp_path / "project" / "r.yml"
+    recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {untrained.base}\nsens: {{}}\nmodels:\n{models}")
+    recipe.write_text(recipe.read_text().replace("sens: {}\nmodels", "sens: {preset: paper}\nmodels"))
+    before = tree(tmp_path)
+    for out in (tmp_path / "project", tmp_path / "data", tmp_path):
+        with pytest.raises(OutputError):
+            sm.merge(sm.load_recipe(recipe), out, overwrite=True, profiles_dir=kept)
+    assert tree(tmp_path) == before
+
+
+def test_an_output_behind_a_link_or_here(
+    untrained: FamilyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(untrained, tmp_path / "link.yml")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    sm.merge(recipe, tmp_path / "out")
+    assert (tmp_path / "disk" / "model.safetensors").exists()
+    sm.merge(recipe, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="renamed into place"):
+        sm.merge(recipe, ".")
+
+
+def test_coefficients_of_another_granularity_are_refused(untrained: FamilyFiles, kept: Path, tmp_path: Path) -> None:
+    fine = recipe_of(untrained, tmp_path / "fine.yml", sens={"group": "module"})
+    profiles, alignment = sm.calibrate(fine, profiles_dir=tmp_path / "fine")
+    coarse = recipe_of(untrained, tmp_path / "coarse.yml", sens={})
+    with pytest.raises(RecipeError, match="do not fit"):
+        sm.merge(coarse, tmp_path / "out", coefficients=sm.coefficients(profiles, alignment), profiles_dir=kept)
+
+
+def test_one_folder_under_two_names_is_refused(untrained: FamilyFiles, tmp_path: Path) -> None:
+    for names in (["expert-a", "./expert-a"], ["expert-a", "base/"]):
+        models = "".join(f"  - model: {untrained.folder}/{name}\n" for name in names)
+        path = tmp_path / "twice.yml"
+        path.write_text(f"merge_method: task_arithmetic\nbase_model: {untrained.base}\nmodels:\n{models}")
+        with pytest.raises(RecipeError, match="one folder"):
+            sm.merge(sm.load_recipe(path), tmp_path / "out")
+
+
+def test_experts_that_do_not_fit_are_refused_before_they_are_measured(untrained: FamilyFiles, tmp_path: Path) -> None:
+    shutil.copytree(untrained.folder, tmp_path / "family")
+    file = tmp_path / "family" / "expert-b" / "model.safetensors"
+    tensors = load_file(file)
+    cut_rows(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    recipe = sm.load_recipe(write_recipe(untrained, tmp_path / "family" / "r.yml", sens={}))
+    with pytest.raises(IncompatibleModelsError, match=r"lm_head\.weight"):
+        sm.calibrate(recipe, profiles_dir=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_task_vectors_are_exact_in_bfloat16_too(untrained: FamilyFiles, tmp_path: Path) -> None:
+    """|δ·g| with small δ: rounding the weights to the compute dtype first would add noise of the size of δ itself."""
+    shutil.copytree(untrained.folder, tmp_path / "family")
+    base = load_file(untrained.base / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for expert in untrained.experts:
+        near = {name: t + 1e-3 * t * torch.randn(t.shape, generator=generator) for name, t in base.items()}
+        save_file(near, tmp_path / "family" / expert.name / "model.safetensors", metadata={"format": "pt"})
+    sums = {}
+    for dtype in ("float32", "bfloat16"):
+        sens = {"score": "task_vector", "compute_dtype": dtype}
+        recipe = sm.load_recipe(write_recipe(untrained, tmp_path / "family" / f"{dtype}.yml", sens=sens))
+        sums[dtype] = np.array([profile.sensitivity for profile in sm.calibrate(recipe)[0]])
+    np.testing.assert_allclose(sums["bfloat16"], sums["float32"], rtol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("temprature", 0.1), ("score", "fisher"), ("rule", "softmx"), ("preset", "papr")]
+)
+def test_unknown_settings_of_coefficients_are_recipe_errors(
+    untrained: FamilyFiles, kept: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    profiles, alignment = sm.calibrate(recipe_of(untrained, tmp_path / "known.yml", sens={}), profiles_dir=kept)
+    assert sm.coefficients(profiles, alignment, preset="paper-tables").total == 1.0
+    with pytest.raises(RecipeError):
+        sm.coefficients(profiles, alignment, **{key: value})

@@ -47,12 +47,11 @@ def fisher_score(name: str, weight: Tensor, gradient: Tensor) -> float:
     return sum(float(g.double().square().sum()) for (g,) in _pieces(gradient))
 
 
-def task_vector_score(base_weight: Callable[[str], Tensor]) -> Reduce:
-    """Σ_j |δ_j g_j| with δ = θ - θ_0, in float64; `base_weight(name)` gives θ_0 of one parameter, on the CPU, float32."""
+def task_vector_score(task_vector: Callable[[str], Tensor]) -> Reduce:
+    """Σ_j |δ_j g_j| with δ = θ - θ_0, in float64; `task_vector(name)` gives δ of one parameter, float32, on the CPU."""
 
     def score(name: str, weight: Tensor, gradient: Tensor) -> float:
-        delta = weight.float() - base_weight(name).to(weight.device)
-        return weight_score(name, delta, gradient)
+        return weight_score(name, task_vector(name).to(weight.device), gradient)
 
     return score
 

@@ -14,16 +14,21 @@ from .tasks import TASKS, Item, Task
 
 
 def evaluate(
-    model: Path, tasks: Sequence[str], data_dir: Path | None, limit: int | None = None, device: str = "cpu"
+    model: str | Path,
+    tasks: Sequence[str],
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
 ) -> Scores:
     """The scores of the model in folder `model` on the named tasks, on their first `limit` items (None: all).
 
     `data_dir` holds the tasks' test files; None means the folder `test` beside the model. Raises RecipeError for an unknown
     task, EvaluationError for missing data and InputFileError for a folder without a model, all before a model is loaded.
     """
+    model = Path(model)
     chosen = [TASKS.get(name, where="the tasks to evaluate") for name in dict.fromkeys(tasks)]
-    items = _all_items(chosen, _data_folder(model, data_dir), limit)
     fingerprint = _fingerprint(model)
+    items = _all_items(chosen, _data_folder(model, data_dir), limit)
     from .language_model import LanguageModel
 
     results: dict[str, TaskScore] = {}
@@ -43,9 +48,9 @@ def evaluate(
     )
 
 
-def _data_folder(model: Path, data_dir: Path | None) -> Path:
+def _data_folder(model: Path, data_dir: str | Path | None) -> Path:
     """The folder of the test files, which must exist."""
-    folder = model.resolve().parent / "test" if data_dir is None else data_dir
+    folder = model.resolve().parent / "test" if data_dir is None else Path(data_dir)
     if not folder.is_dir():
         raise EvaluationError(
             "there is no folder with test data",

@@ -45,7 +45,7 @@ def read_items(path: Path) -> list[Item]:
             fix="pass the folder that holds it: --data-dir DIR",
         )
     items: list[Item] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -11,11 +11,16 @@ from typing import Any
 
 from ..recipe import checked_setting, settings_of
 from ..records import Alignment, Coefficients, MergePlan, Recipe, SensitivityProfile, SensSettings
+from ..registry import unknown_name
 from ..rules.compute import compute
+from ..rules.presets import preset
 from .calibrating import Calibration, calibrate_models, profiles_folder
 from .merging import SHARD_BYTES, MergeResult, check_output, merge, versions
 from .models import expert_names, open_models
 from .weighing import coefficients_of, measurements, needs_calibration, sized
+
+# The keys of `sens:` that turn measurements into coefficients; the others decide what is measured.
+ARITHMETIC = ("preset", "rule", "temperature", "total", "axis", "direction", "other")
 
 
 def calibrate(
@@ -41,15 +46,22 @@ def coefficients(
     scale: float | None = 1.0,
     **settings: Any,
 ) -> Coefficients:
-    """Coefficients from measurements (eq. 5-7), pure and instant; `settings` are keys of `sens:`, the rest as `preset: paper`.
+    """Coefficients from measurements (eq. 5-7), pure and instant; `settings` are those keys of `sens:` that are arithmetic.
+
+    These are preset, rule, temperature, total, axis, direction and other; what is not named is as in `preset: paper`.
 
     `weights` are the recipe's w_i (1 if not given), `scale` its λ. Raises RecipeError for an unknown key or value.
     """
-    checked = {key: checked_setting(key, value, f"coefficients(…, {key}=…)") for key, value in settings.items()}
+    for key in settings:
+        if key not in ARITHMETIC:
+            raise unknown_name("setting", key, ARITHMETIC, where="coefficients(…)")
+    name = str(settings.pop("preset", "paper"))
+    bundle: dict[str, Any] = dict(preset(name, where="coefficients(…)").settings)
+    bundle |= {key: checked_setting(key, value, f"coefficients(…, {key}=…)") for key, value in settings.items()}
     names = alignment.models if alignment is not None else expert_names([profile.model for profile in profiles])
     return compute(
         measurements(profiles, alignment, names),
-        SensSettings(**checked),
+        SensSettings(preset=name, **bundle),
         weights=[1.0] * len(profiles) if weights is None else weights,
         scale=scale,
     )
@@ -79,7 +91,7 @@ def dry_run(recipe: Recipe, out: str | Path, *, overwrite: bool = False, shard_b
     from ..plan import make_plan
 
     with open_models(recipe) as models:
-        check_output(recipe, models, Path(out), overwrite)
+        check_output(recipe, models, Path(out), profiles_folder(recipe), overwrite)
         recipe = sized(recipe, models)
         scale = recipe.lambda_ if isinstance(recipe.lambda_, float) else 1.0
         return make_plan(recipe, models.base, models.experts, coefficients=None, scale=scale, shard_bytes=shard_bytes)

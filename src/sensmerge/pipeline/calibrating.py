@@ -17,6 +17,7 @@ from ..checkpoints.formats import to_float32
 from ..checkpoints.source import ModelFolder, tokenizer_hashes
 from ..distances import DISTANCES
 from ..errors import CalibrationDataError, InputFileError
+from ..plan import check_same_tensors
 from ..recipe import settings_of
 from ..records import Alignment, CalibrationSet, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
@@ -93,7 +94,7 @@ def _profile_inputs(recipe: Recipe, models: RecipeModels, index: int, data: Path
     )
 
 
-def _score(name: str, base: ModelFolder | None) -> Reduce:
+def _score(name: str, expert: ModelFolder, base: ModelFolder | None) -> Reduce:
     import torch
 
     from ..calibration.sensitivity import fisher_score, task_vector_score, weight_score
@@ -104,12 +105,15 @@ def _score(name: str, base: ModelFolder | None) -> Reduce:
         return weight_score
     assert base is not None
 
-    def base_weight(tensor: str) -> torch.Tensor:
-        spec = base.tensors[tensor]
-        values = to_float32(base.read(tensor, 0, spec.elements), spec.dtype)
-        return torch.from_numpy(values.reshape(spec.shape))
+    def read(source: ModelFolder, tensor: str) -> Any:
+        spec = source.tensors[tensor]
+        return to_float32(source.read(tensor, 0, spec.elements), spec.dtype).reshape(spec.shape)
 
-    return task_vector_score(base_weight)
+    def task_vector(tensor: str) -> torch.Tensor:
+        # From both files, exactly: a weight rounded to the compute dtype differs from the base by more than δ.
+        return torch.from_numpy(read(expert, tensor) - read(base, tensor))
+
+    return task_vector_score(task_vector)
 
 
 def _make_profile(
@@ -125,7 +129,7 @@ def _make_profile(
 
     expert, name = models.experts[index], models.names[index]
     names = checkpoint_names(model, list(expert.tensors))
-    per_sample = sensitivities(model, samples, names, _score(settings.score, models.base), label=name)
+    per_sample = sensitivities(model, samples, names, _score(settings.score, expert, models.base), label=name)
     grouping = group_tensors(list(names.values()), settings.group)
     members = {layer: [t for t in names.values() if grouping.group_of[t] == layer] for layer in grouping.layers}
     sums = np.array(
@@ -176,7 +180,7 @@ def _published_profile(recipe: Recipe, models: RecipeModels, index: int, name: s
     return profile
 
 
-def _kept(folder: Path, file: str, inputs: str, load: Callable[[Path], Any]) -> Any | None:
+def kept_record(folder: Path, file: str, inputs: str, load: Callable[[Path], Any]) -> Any | None:
     """The record in `folder/file` if it came from `inputs`; None if it is absent, damaged or stale."""
     path = folder / file
     if not path.is_file():
@@ -198,7 +202,7 @@ def _profile(recipe: Recipe, models: RecipeModels, index: int, folder: Path, dev
     data = find_file(recipe, source.data, recipe.models[index].line)
     fingerprint = expert.fingerprint()
     inputs = _profile_inputs(recipe, models, index, data, fingerprint)
-    kept = _kept(folder, f"profiles/{name}.json", inputs, SensitivityProfile.load)
+    kept = kept_record(folder, f"profiles/{name}.json", inputs, SensitivityProfile.load)
     if kept is not None:
         return kept  # type: ignore[no-any-return]
     from ..calibration.models import choose_device, load_model, load_tokenizer
@@ -245,6 +249,8 @@ def calibrate_models(recipe: Recipe, models: RecipeModels, folder: Path, device:
     forward and backward passes over a task's samples, K(K-1) forward passes over two tasks' samples.
     """
     settings = settings_of(recipe)
+    donor = models.base or models.experts[0]
+    check_same_tensors(donor, [expert for expert in models.experts if expert is not donor])
     _check_all_data(recipe)
     profiles = tuple(_profile(recipe, models, index, folder, device) for index in range(len(models.experts)))
     needs_distances = RULES.get(settings.rule, where="sens.rule").needs_distances
@@ -257,7 +263,7 @@ def calibrate_models(recipe: Recipe, models: RecipeModels, folder: Path, device:
         list(models.names),
         _picked(settings, _ALIGNMENT_KEYS),
     )
-    kept = _kept(folder, "alignment.json", inputs, Alignment.load)
+    kept = kept_record(folder, "alignment.json", inputs, Alignment.load)
     if kept is not None:
         return Calibration(profiles, kept)
     from ..calibration.alignment import pairwise_distances

@@ -14,16 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import progress
+from ..checkpoints.families import group_tensors
 from ..checkpoints.source import TOKENIZER_FILES
-from ..checkpoints.writer import output_config
+from ..checkpoints.writer import output_config, write_failure
 from ..errors import OutputError, RecipeError
 from ..execution.run import execute
 from ..plan import make_plan
 from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_atomically
 from ..report.model_card import is_hub_id, model_card
 from ..rules.compute import applied
-from .calibrating import Calibration, calibrate_models, calibration_set, profiles_folder
-from .models import RecipeModels, open_models, search_folders
+from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
+from .models import RecipeModels, named_files, open_models, search_folders
 from .weighing import coefficients_of, needs_calibration, sized
 
 SHARD_BYTES = 5_000_000_000
@@ -53,30 +54,43 @@ class _Prepared:
     plan: MergePlan
 
 
-def check_output(recipe: Recipe, models: RecipeModels, out: Path, overwrite: bool) -> None:
-    """Raise OutputError unless `out` is absent, empty, or may be overwritten; never if it touches an input."""
+def _refuse_output(what: str, out: Path, why: str, fix: str = "choose another output folder") -> OutputError:
+    return OutputError(what, where=str(out), why=why, fix=fix)
+
+
+def check_output(recipe: Recipe, models: RecipeModels, out: Path, folder: Path, overwrite: bool) -> None:
+    """Raise OutputError unless `out` is absent, empty, or may be overwritten; never if it holds anything this merge reads.
+
+    `folder` is where the calibration is kept.
+    """
     target = out.resolve()
     for model in models.all:
         if target == model.path or target in model.path.parents or model.path in target.parents:
-            raise OutputError(
+            raise _refuse_output(
                 "the output folder would overwrite a model of the recipe",
-                where=str(out),
-                why=f"it is, holds, or lies in the folder of '{model.label}'",
-                fix="choose another output folder",
+                out,
+                f"it is, holds, or lies in the folder of '{model.label}'",
             )
     if out.exists() and not out.is_dir():
-        raise OutputError(
-            "the output exists and is no folder",
-            where=str(out),
-            why="a file is in its place",
-            fix="choose another name",
+        raise _refuse_output("the output exists and is no folder", out, "a file is in its place", "choose another name")
+    if target == Path.cwd() or target.is_mount():
+        raise _refuse_output(
+            "the output folder cannot be renamed into place",
+            out,
+            "it is the current folder, or a disk is mounted there",
+            f"sensmerge merge {recipe.path} {out / 'merged'}",
         )
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise OutputError(
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    for needed in (recipe.path, folder, *named_files(recipe)):
+        if target in needed.resolve().parents or target == needed.resolve():
+            raise _refuse_output("the output folder holds what this merge needs", out, f"{needed} lies in it")
+    if not overwrite:
+        raise _refuse_output(
             "the output folder is not empty",
-            where=str(out),
-            why="nothing that exists is overwritten unless you say so",
-            fix=f"sensmerge merge {recipe.path} {out} --overwrite",
+            out,
+            "nothing that exists is overwritten unless you say so",
+            f"choose another folder, or replace all of this one: sensmerge merge {recipe.path} {out} --overwrite",
         )
 
 
@@ -87,18 +101,26 @@ def staging_folder(out: Path) -> Iterator[Path]:
     `out` is the old folder or the complete new one, except for the instant between two renames when an old one is replaced. Not
     covered: a kill leaves the staging folder (a dot, the output's name, random letters) behind.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise write_failure(out, error) from error
     try:
         staging.chmod(0o755)
-        yield staging
+        try:
+            yield staging
+        except OSError as error:
+            raise write_failure(staging, error) from error
         if out.is_dir() and any(out.iterdir()):
             old = staging.with_name(f"{staging.name}.old")
             out.rename(old)
             try:
                 staging.rename(out)
-            except OSError:
-                old.rename(out)
+            except BaseException:
+                if not out.exists():
+                    old.rename(out)
                 raise
             shutil.rmtree(old)
         else:
@@ -132,11 +154,10 @@ def _tuned_scale(
         recipe.sens.compute_dtype,
     )
     # One file for each set of coefficients: recipes that share a folder must not undo each other's work.
-    path = folder / "scales" / f"{inputs[:16]}.json"
-    if path.is_file():
-        kept = Scale.load(path)
-        if kept.inputs == inputs:
-            return kept
+    file = f"scales/{inputs[:16]}.json"
+    kept = kept_record(folder, file, inputs, Scale.load)
+    if kept is not None:
+        return kept  # type: ignore[no-any-return]
     scale = choose_scale(
         plan,
         models.base,
@@ -147,7 +168,7 @@ def _tuned_scale(
         compute_dtype=recipe.sens.compute_dtype,
         inputs=inputs,
     )
-    scale.save(path)
+    scale.save(folder / file)
     return scale
 
 
@@ -159,6 +180,14 @@ def _check_given(given: Coefficients, recipe: Recipe, models: RecipeModels) -> N
             where=recipe.where(),
             why=f"they are for {', '.join(given.models)}; the recipe has {', '.join(models.names)}",
             fix="compute them from this recipe's profiles, in the recipe's order",
+        )
+    group = "block" if recipe.sens is None else recipe.sens.group
+    if models.base is None or list(group_tensors(models.base.tensors, group).layers) != list(given.layers):
+        raise RecipeError(
+            "these coefficients do not fit this recipe",
+            where=recipe.where(),
+            why="they multiply task vectors from a base, one number for each group of the recipe's granularity",
+            fix="compute them from this recipe's own profiles (`group:` must be the same), and name a base_model",
         )
 
 
@@ -266,7 +295,7 @@ def merge(
     out = Path(out)
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
     with open_models(recipe) as models:
-        check_output(recipe, models, out, overwrite)
+        check_output(recipe, models, out, folder, overwrite)
         prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
         with staging_folder(out) as staging:
             hashes = execute(

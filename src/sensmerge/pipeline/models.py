@@ -10,7 +10,7 @@ from types import TracebackType
 
 from ..checkpoints.locate import locate
 from ..checkpoints.source import ModelFolder
-from ..errors import CalibrationDataError
+from ..errors import CalibrationDataError, RecipeError
 from ..records import Recipe, SensSource
 
 
@@ -67,19 +67,41 @@ def open_models(recipe: Recipe) -> RecipeModels:
         ModelFolder(locate(expert.model, folders, where=recipe.where(expert.line)), expert.model)
         for expert in recipe.models
     )
+    seen = {} if base is None or recipe.merge_method == "linear" else {base.path: base.label}
+    for model, entry in zip(experts, recipe.models, strict=True):
+        if model.path in seen:
+            raise RecipeError(
+                f"'{model.label}' and '{seen[model.path]}' are one folder",
+                where=recipe.where(entry.line),
+                why="each model counts once, and the base has no task vector",
+                fix="remove one of the two",
+            )
+        seen[model.path] = model.label
     return RecipeModels(base, experts, tuple(expert_names([expert.model for expert in recipe.models])))
+
+
+def _places(recipe: Recipe, name: str) -> list[Path]:
+    return [folder / Path(name).expanduser() for folder in search_folders(recipe)]
+
+
+def named_files(recipe: Recipe) -> list[Path]:
+    """The calibration files and profiles of `recipe` that exist."""
+    names = [
+        name for expert in recipe.models if expert.sens for name in (expert.sens.data, expert.sens.profile) if name
+    ]
+    return [path for name in names for path in _places(recipe, name) if path.is_file()]
 
 
 def find_file(recipe: Recipe, name: str, line: int) -> Path:
     """A calibration file or profile named in `recipe`. Raises CalibrationDataError naming the places that were tried."""
-    tried = [folder / Path(name).expanduser() for folder in search_folders(recipe)]
+    tried = _places(recipe, name)
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
         raise CalibrationDataError(
-            f"there is no calibration file '{name}'",
+            f"there is no file '{name}'",
             where=recipe.where(line),
             why=f"tried {', '.join(dict.fromkeys(str(path) for path in tried))}",
-            fix="write the path of a .jsonl file (hub data sets: download the file first)",
+            fix="write the path of an existing file: samples as .jsonl (hub data sets: download them first), a profile as .json",
         )
     return found
 

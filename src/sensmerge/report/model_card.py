@@ -30,7 +30,7 @@ def _front_matter(hub_ids: Sequence[str]) -> list[str]:
 
 
 def coefficient_table(coefficients: Coefficients) -> list[str]:
-    """Markdown: what multiplies each expert's task vector, by layer group, then by role outside the blocks (σ)."""
+    """Markdown: what multiplies each expert's task vector, by layer group."""
     header = "| layer | " + " | ".join(coefficients.models) + " |"
     rule = "|---|" + "---:|" * len(coefficients.models)
     rows = [
