@@ -76,7 +76,8 @@ def load_model(folder: Path, device: str, compute_dtype: str | None) -> Any:
                 fix="download or save the model again; config.json and the weights must belong together",
             )
     model.config.use_cache = False
-    return model.eval().to(device)
+    with out_of_memory_told(str(folder)):
+        return model.eval().to(device)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -32,6 +32,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )

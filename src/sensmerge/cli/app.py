@@ -89,6 +89,9 @@ def main() -> None:
 
 
 def _fail_usage_or_bug(error: Exception) -> NoReturn:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+        sys.exit(2)
     if hasattr(error, "format_message") and hasattr(error, "ctx"):
         context = error.ctx
         command = context.command_path if context is not None else "sensmerge"

@@ -9,7 +9,7 @@ from .terminal import print_json, print_table
 def calibrate(
     recipe: RecipePath, profiles: ProfilesDir = None, device: Device = "auto", as_json: AsJson = False
 ) -> None:
-    """Measure sensitivities (eq. 1) and distances (eq. 4), kept in <recipe>.sens/ for every later command."""
+    """Measure how sensitive every layer is and how far the experts stand apart; kept in <recipe>.sens/."""
     from ..pipeline import calibrate as measure
     from ..pipeline.calibrating import profiles_folder
     from ..recipe import load_recipe

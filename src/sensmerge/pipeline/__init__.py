@@ -86,7 +86,7 @@ def weigh(recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str
 def dry_run(recipe: Recipe, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> MergePlan:
     """What `merge` would write and read, from headers alone; coefficients and λ that are not measured yet count as 1.
 
-    Raises what `merge` would raise before it reads a weight.
+    Raises what `merge` raises for the recipe, the headers and the output; calibration data is not read.
     """
     from ..plan import make_plan
 

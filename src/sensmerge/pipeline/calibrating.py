@@ -193,7 +193,20 @@ def kept_record(folder: Path, file: str, inputs: str, load: Callable[[Path], Any
     return record if record.inputs == inputs else None
 
 
-def _profile(recipe: Recipe, models: RecipeModels, index: int, folder: Path, device: str) -> SensitivityProfile:
+@dataclass(frozen=True)
+class _Pending:
+    """A profile that must still be measured: its samples are read and encoded, its model is not loaded."""
+
+    index: int
+    samples: CalibrationSet
+    fingerprint: str
+    inputs: str
+
+
+def _profile_or_samples(
+    recipe: Recipe, models: RecipeModels, index: int, folder: Path
+) -> SensitivityProfile | _Pending:
+    """The expert's published or kept profile, else its encoded samples. Raises CalibrationDataError, InputFileError."""
     source, settings = source_of(recipe, index), settings_of(recipe)
     if source.profile is not None:
         return _published_profile(recipe, models, index, source.profile)
@@ -205,16 +218,27 @@ def _profile(recipe: Recipe, models: RecipeModels, index: int, folder: Path, dev
     kept = kept_record(folder, f"profiles/{name}.json", inputs, SensitivityProfile.load)
     if kept is not None:
         return kept  # type: ignore[no-any-return]
-    from ..calibration.models import choose_device, load_model, load_tokenizer
+    from ..calibration.models import load_tokenizer
 
     drawn = draw(read_samples(data, source.fields), settings.samples, settings.seed)
     samples = encode_samples(load_tokenizer(expert.path), drawn, settings, data)
     if samples.truncated:
-        progress.message(
-            f"{name}: {samples.truncated} of {len(samples.rows)} samples were cut to {settings.max_length} tokens"
-        )
+        cut = f"{samples.truncated} of {len(samples.rows)} samples were cut to {settings.max_length} tokens"
+        progress.message(f"{name}: {cut}")
+    return _Pending(index, samples, fingerprint, inputs)
+
+
+def _measured(
+    found: SensitivityProfile | _Pending, models: RecipeModels, settings: SensSettings, folder: Path, device: str
+) -> SensitivityProfile:
+    """The profile, measured now if it was pending, and kept in `folder`."""
+    if isinstance(found, SensitivityProfile):
+        return found
+    from ..calibration.models import choose_device, load_model
+
+    expert, name = models.experts[found.index], models.names[found.index]
     model = load_model(expert.path, choose_device(device), settings.compute_dtype)
-    profile = _make_profile(models, index, samples, settings, fingerprint, inputs, model)
+    profile = _make_profile(models, found.index, found.samples, settings, found.fingerprint, found.inputs, model)
     profile.save(folder / "profiles" / f"{name}.json")
     return profile
 
@@ -227,16 +251,17 @@ def _check_all_data(recipe: Recipe) -> None:
             read_samples(find_file(recipe, source.data, expert.line), source.fields)
 
 
-def _check_vocabularies(models: RecipeModels, profiles: Sequence[SensitivityProfile]) -> None:
+def _check_vocabularies(models: RecipeModels, found: Sequence[SensitivityProfile | _Pending]) -> None:
     """Every model can read every task's token ids; raises CalibrationDataError otherwise."""
-    for profile in profiles:
-        largest = max((max(ids) for ids in profile.token_ids), default=0)
+    for name, each in zip(models.names, found, strict=True):
+        token_ids = each.token_ids if isinstance(each, SensitivityProfile) else each.samples.token_ids
+        largest = max((max(ids) for ids in token_ids if ids), default=0)
         for expert in models.experts:
             size = expert.config.get("vocab_size")
             if isinstance(size, int) and largest >= size:
                 raise CalibrationDataError(
-                    f"'{expert.label}' cannot read the samples of '{profile.model}'",
-                    where=f"token id {largest} in the samples of '{profile.model}'",
+                    f"'{expert.label}' cannot read the samples of '{name}'",
+                    where=f"token id {largest} in the samples of '{name}'",
                     why=f"{expert.label} has a vocabulary of {size} tokens",
                     fix="use experts that share one tokenizer",
                 )
@@ -252,7 +277,9 @@ def calibrate_models(recipe: Recipe, models: RecipeModels, folder: Path, device:
     donor = models.base or models.experts[0]
     check_same_tensors(donor, [expert for expert in models.experts if expert is not donor])
     _check_all_data(recipe)
-    profiles = tuple(_profile(recipe, models, index, folder, device) for index in range(len(models.experts)))
+    found = [_profile_or_samples(recipe, models, index, folder) for index in range(len(models.experts))]
+    _check_vocabularies(models, found)
+    profiles = tuple(_measured(each, models, settings, folder, device) for each in found)
     needs_distances = RULES.get(settings.rule, where="sens.rule").needs_distances
     if not needs_distances and not all(profile.token_ids for profile in profiles):
         return Calibration(profiles, None)
@@ -270,7 +297,6 @@ def calibrate_models(recipe: Recipe, models: RecipeModels, folder: Path, device:
     from ..calibration.models import choose_device, load_model
 
     tasks = [calibration_set(profile) for profile in profiles]
-    _check_vocabularies(models, profiles)
     chosen = choose_device(device)
     per_sample = pairwise_distances(
         lambda index: load_model(models.experts[index].path, chosen, settings.compute_dtype),

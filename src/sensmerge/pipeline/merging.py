@@ -21,10 +21,10 @@ from ..errors import OutputError, RecipeError
 from ..execution.run import execute
 from ..plan import make_plan
 from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_atomically
-from ..report.model_card import is_hub_id, model_card
+from ..report.model_card import model_card
 from ..rules.compute import applied
 from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
-from .models import RecipeModels, named_files, open_models, search_folders
+from .models import RecipeModels, named_files, open_models
 from .weighing import coefficients_of, needs_calibration, sized
 
 SHARD_BYTES = 5_000_000_000
@@ -244,10 +244,7 @@ def _describe(
 ) -> None:
     """The model card, the recipe, and everything under sensmerge/."""
     recipe, coefficients = prepared.recipe, prepared.coefficients
-    folders = search_folders(recipe)
-    parents = [name for name in (recipe.base_model, *(expert.model for expert in recipe.models)) if name is not None]
-    hub_ids = [name for name in parents if is_hub_id(name, any((folder / name).exists() for folder in folders))]
-    (staging / "README.md").write_text(model_card(recipe, coefficients, hub_ids, prepared.plan.scale), encoding="utf-8")
+    (staging / "README.md").write_text(model_card(recipe, coefficients, prepared.plan.scale), encoding="utf-8")
     (staging / "sensmerge.yml").write_text(recipe.text, encoding="utf-8")
     records = staging / "sensmerge"
     if coefficients is not None:

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 from ..records import Coefficients, Recipe
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-
-
-def is_hub_id(model: str, found_locally: bool) -> bool:
-    """Whether a model string may be published as a hub id: `owner/name`, and no folder of that name was read."""
-    return not found_locally and _HUB_ID.match(model) is not None
-
-
-def _front_matter(hub_ids: Sequence[str]) -> list[str]:
-    parents = ["base_model:", *(f"- {name}" for name in hub_ids)] if hub_ids else []
-    return [
-        "---",
-        "library_name: transformers",
-        *parents,
-        "base_model_relation: merge",
-        "tags:",
-        "- merge",
-        "- sensmerge",
-        "---",
-    ]
+# Parents are linked only where they are hub ids, and every model is read from a local folder: nothing to link.
+_FRONT_MATTER = (
+    "---",
+    "library_name: transformers",
+    "base_model_relation: merge",
+    "tags:",
+    "- merge",
+    "- sensmerge",
+    "---",
+)
 
 
 def coefficient_table(coefficients: Coefficients) -> list[str]:
@@ -40,9 +27,9 @@ def coefficient_table(coefficients: Coefficients) -> list[str]:
     return [header, rule, *rows]
 
 
-def model_card(recipe: Recipe, coefficients: Coefficients | None, hub_ids: Sequence[str], scale: float) -> str:
-    """The card's text. `hub_ids` are the parents that may be linked (local paths are left out)."""
-    lines = [*_front_matter(hub_ids), "", "# A merge made with sensmerge", ""]
+def model_card(recipe: Recipe, coefficients: Coefficients | None, scale: float) -> str:
+    """The card's text: what was merged, with which coefficients, and the recipe."""
+    lines = [*_FRONT_MATTER, "", "# A merge made with sensmerge", ""]
     base = f" on the base `{recipe.base_model}`" if recipe.base_model else ""
     lines += [f"Method `{recipe.merge_method}`{base}, λ = {scale:g}. Models:", ""]
     lines += [f"- `{expert.model}` (weight {expert.weight:g})" for expert in recipe.models]

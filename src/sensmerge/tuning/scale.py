@@ -117,7 +117,8 @@ def choose_scale(
     """
     model = load_model(base_folder, device, compute_dtype)
     names = set(checkpoint_names(model, [tensor.spec.name for tensor in plan.tensors]).values())
-    scaled = ScaledModel(model, merged_updates(plan, base, experts, names))
+    with out_of_memory_told("lambda: auto, which holds the base, a copy of it and the update"):
+        scaled = ScaledModel(model, merged_updates(plan, base, experts, names))
     tried: dict[float, list[float]] = {}
 
     def best() -> float:
