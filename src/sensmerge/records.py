@@ -18,8 +18,6 @@ from typing import Any, ClassVar, Literal, Self
 
 from .errors import InputFileError, ResourceError
 
-Json = dict[str, Any]
-
 
 def hash_of(*parts: object) -> str:
     """SHA-256 (hex) of the canonical JSON of `parts`: equal values give equal hashes on every machine."""

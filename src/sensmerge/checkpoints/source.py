@@ -91,11 +91,6 @@ class ModelFolder:
             os.close(self._descriptors.popitem()[1])
 
     @property
-    def files(self) -> list[Path]:
-        """The files that hold the tensors, sorted."""
-        return sorted({stored.file for stored in self._stored.values()})
-
-    @property
     def parameters(self) -> int:
         """Number of elements of all floating-point tensors."""
         return sum(spec.elements for spec in self.tensors.values() if spec.dtype in FLOATS)

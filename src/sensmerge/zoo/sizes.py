@@ -6,8 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from ..errors import RecipeError
-from ..registry import suggestion
+from ..registry import unknown_name
 
 VERSION = 4
 """Raised whenever data or training change what a family is: caches of older versions are then left alone."""
@@ -86,11 +85,5 @@ SIZES: dict[str, Size] = {
 def size_named(name: str) -> Size:
     """The size called `name` (raises RecipeError with the nearest name)."""
     if name not in SIZES:
-        near = suggestion(name, SIZES)
-        raise RecipeError(
-            f"unknown size of the family '{name}'",
-            where="the zoo",
-            why=f"known: {', '.join(SIZES)}",
-            fix=f"did you mean '{near}'?" if near else "choose one of the names above",
-        )
+        raise unknown_name("size of the family", name, SIZES, where="the zoo")
     return SIZES[name]
