@@ -9,10 +9,11 @@ from dataclasses import fields
 import pytest
 
 from sensmerge.experiments.tables import markdown
-from sensmerge.recipe import CHOICES
+from sensmerge.methods import METHODS
 from sensmerge.records import SensSettings
 from sensmerge.rules import RULES
 from sensmerge.rules.presets import PRESETS
+from sensmerge.sens_block import CHOICES
 from sensmerge.zoo.demo import table_of
 from tests.conftest import ROOT
 
@@ -32,6 +33,20 @@ def test_the_recipe_page_lists_every_key_and_choice() -> None:
     for choices in CHOICES.values():
         for choice in choices:
             assert f"`{choice}`" in page, choice
+
+
+def test_the_recipe_page_has_a_row_for_every_method() -> None:
+    """With all its parameters and their defaults."""
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.split("\n") if line.startswith("| `")}
+    for name in METHODS.names():
+        method = METHODS.get(name, where="docs")
+        for option in method.options:
+            default = "required" if option.default is None else str(option.default).lower()
+            default = f"{option.default:g}" if isinstance(option.default, float) else default
+            shown = f"*`{option.name}`* {default}" if option.per_model else f"`{option.name}` {default}"
+            assert shown in rows[name], (name, option.name)
+        assert ("`lambda`" in rows[name]) is method.adds
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ FLOORS = (
     ("methods", "rules", "distances"),
     ("checkpoints",),
     ("calibration",),
-    ("yamlfile", "recipe", "plan", "execution"),
+    ("yamlfile", "settings", "sens_block", "recipe", "matching", "plan", "execution"),
     ("tuning", "evaluation", "report"),
     ("pipeline",),
     ("experiments", "zoo"),

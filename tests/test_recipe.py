@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from sensmerge.errors import RecipeError
-from sensmerge.recipe import load_recipe, settings_of, with_settings
-from sensmerge.records import Recipe, SensSettings
+from sensmerge.methods import METHODS
+from sensmerge.recipe import load_recipe, with_seed
+from sensmerge.records import Conditional, Recipe, SensSettings
+from sensmerge.sens_block import settings_of, with_settings
 
 PLAIN = """\
 merge_method: task_arithmetic
@@ -71,7 +73,9 @@ def test_a_plain_recipe_is_read_as_written(tmp_path: Path) -> None:
         ("code", 1.0, 6),
     ]
     assert recipe.lambda_ == 0.7
-    assert recipe.options == {"normalize": False}
+    assert recipe.parameters == {"lambda": 0.7}
+    assert recipe.models[0].parameters == {"weight": 0.5}
+    assert recipe.slices == ()
     assert recipe.sens is None
     assert recipe.text == PLAIN
 
@@ -174,7 +178,8 @@ def test_a_default_weight_applies_to_models_that_name_none(tmp_path: Path) -> No
 def test_normalize_is_mergekit_s(tmp_path: Path, method: str, default: bool, written: bool | None) -> None:
     parameters = "" if written is None else f"parameters: {{normalize: {str(written).lower()}}}\n"
     recipe = load(tmp_path, f"merge_method: {method}\nbase_model: b\nmodels: [{{model: a}}]\n{parameters}")
-    assert recipe.options == {"normalize": default if written is None else written}
+    assert recipe.parameters == ({} if written is None else {"normalize": written})
+    assert METHODS.get(method, where="").by_name["normalize"].default == default
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
@@ -249,7 +254,9 @@ def test_with_settings_changes_what_it_is_told_and_checks_it(tmp_path: Path) -> 
 
 # -------------------------------------------------------------------------------------------------- what is refused
 
-TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "sens")
+TOP_KEYS = (
+    "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template", "sens",
+)  # fmt: skip
 
 
 def _misspelt(word: str) -> list[str]:
@@ -266,7 +273,10 @@ def _misspelt(word: str) -> list[str]:
 @pytest.mark.parametrize(("key", "wrong"), [(key, wrong) for key in TOP_KEYS for wrong in _misspelt(key)])
 def test_a_misspelt_top_level_key(tmp_path: Path, key: str, wrong: str) -> None:
     """DESIGN section 7: an unknown key is an error with its line and a suggestion, needed keys included."""
-    text = SENS + "dtype: float32\nout_dtype: float16\nparameters: {lambda: 1.0}\n"
+    text = (
+        SENS
+        + "dtype: float32\nout_dtype: float16\ntokenizer_source: base\nchat_template: auto\nparameters: {lambda: 1.0}\n"
+    )
     lines = [wrong + line[len(key) :] if line.startswith(f"{key}:") else line for line in text.split("\n")]
     error = refused(tmp_path, "\n".join(lines))
     assert line_of(error) == next(n for n, line in enumerate(lines, 1) if line.startswith(wrong))
@@ -374,30 +384,11 @@ def test_a_weight_or_lambda_that_is_no_finite_number(tmp_path: Path, wrong: str,
     assert "number" in error.what
 
 
-@pytest.mark.parametrize("value", ["[0.1, 0.9]", "{filter: mlp, value: 1}", "[{filter: mlp, value: 0.5}, {value: 1}]"])
-@pytest.mark.parametrize(("old", "line", "key"), [("0.5", 5, "weight"), ("0.7", 8, "lambda")], ids=["weight", "lambda"])
-def test_gradients_and_filters_are_refused_by_name(tmp_path: Path, value: str, old: str, line: int, key: str) -> None:
-    """mergekit's per-layer forms mean another merge: they are not ignored."""
-    error = refused(tmp_path, PLAIN.replace(old, value))
-    assert line_of(error) == line
-    assert f"'{key}'" in error.what
-    assert "not supported" in error.what
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "name"),
-    [
-        *(
-            (f"{PLAIN}{key}: x\n", 10, key)
-            for key in ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
-        ),
-        *((f"{PLAIN}".replace("lambda: 0.7", f"{key}: 1"), 8, key) for key in ("density", "rescale", "int8_mask", "t")),
-    ],
-)
-def test_mergekit_s_other_keys_are_refused_by_name(tmp_path: Path, text: str, line: int, name: str) -> None:
-    error = refused(tmp_path, text)
-    assert line_of(error) == line
-    assert f"'{name}' is not supported" in error.what
+@pytest.mark.parametrize("key", ["modules", "merge_parameters"])
+def test_mergekit_s_other_keys_are_refused_by_name(tmp_path: Path, key: str) -> None:
+    error = refused(tmp_path, f"{PLAIN}{key}: x\n")
+    assert line_of(error) == 10
+    assert f"'{key}' is not supported" in error.what
 
 
 @pytest.mark.parametrize(
@@ -563,3 +554,391 @@ def test_odd_values_never_end_in_a_traceback(tmp_path: Path, place: str, odd: st
     new = f"base_model: {odd}" if place == "base_model" else odd
     with suppress(RecipeError):
         load(tmp_path, text.replace(old, new, 1))
+
+
+# ------------------------------------------------------------------------------------- mergekit's recipes, unchanged
+
+SLERP = """\
+slices:
+  - sources:
+      - model: OpenPipe/mistral-ft-optimized-1218
+        layer_range: [0, 32]
+      - model: mlabonne/NeuralHermes-2.5-Mistral-7B
+        layer_range: [0, 32]
+merge_method: slerp
+base_model: OpenPipe/mistral-ft-optimized-1218
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: bfloat16
+"""
+DARE = """\
+models:
+  - model: mistralai/Mistral-7B-v0.1
+    # No parameters necessary for base model
+  - model: samir-fama/SamirGPT-v1
+    parameters:
+      density: 0.53
+      weight: 0.4
+  - model: abacusai/Slerp-CM-mist-dpo
+    parameters:
+      density: 0.53
+      weight: 0.3
+merge_method: dare_ties
+base_model: mistralai/Mistral-7B-v0.1
+parameters:
+  int8_mask: true
+  normalize: false
+dtype: bfloat16
+tokenizer_source: base
+"""
+FRANKEN = """\
+slices:
+  - sources:
+      - model: OpenPipe/mistral-ft-optimized-1218
+        layer_range: [0, 24]
+  - sources:
+      - model: mlabonne/NeuralHermes
+        layer_range: [8, 32]
+        parameters:
+          scale:
+            - filter: o_proj
+              value: 0.0
+            - value: 1.0
+merge_method: passthrough
+dtype: bfloat16
+"""
+TIES = """\
+models:
+  - model: psmathur/orca_mini_v3_13b
+    parameters:
+      density: [1, 0.7, 0.1]
+      weight: 1.0
+  - model: garage-bAInd/Platypus2-13B
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1]
+  - model: WizardLM/WizardMath-13B-V1.0
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: TheBloke/Llama-2-13B-fp16
+parameters:
+  normalize: true
+  int8_mask: true
+  lambda: [0.5, 1.0]
+dtype: float16
+"""
+
+
+def test_a_slerp_of_slices_with_filtered_gradients(tmp_path: Path) -> None:
+    recipe = load(tmp_path, SLERP)
+    (part,) = recipe.slices
+    assert [(source.model, source.layers, source.line) for source in part.sources] == [
+        ("OpenPipe/mistral-ft-optimized-1218", (0, 32), 3), ("mlabonne/NeuralHermes-2.5-Mistral-7B", (0, 32), 5),
+    ]  # fmt: skip
+    assert part.base_model == recipe.base_model == "OpenPipe/mistral-ft-optimized-1218"
+    assert [expert.model for expert in recipe.models] == ["mlabonne/NeuralHermes-2.5-Mistral-7B"]
+    assert recipe.parameters == {
+        "t": (
+            Conditional("self_attn", (0.0, 0.5, 0.3, 0.7, 1.0)),
+            Conditional("mlp", (1.0, 0.5, 0.7, 0.3, 0.0)),
+            Conditional(None, 0.5),
+        )
+    }
+    assert recipe.lambda_ is None
+
+
+def test_dare_ties_as_it_is_published(tmp_path: Path) -> None:
+    recipe = load(tmp_path, DARE)
+    assert [(expert.model, expert.weight) for expert in recipe.models] == [
+        ("samir-fama/SamirGPT-v1", 0.4), ("abacusai/Slerp-CM-mist-dpo", 0.3),
+    ]  # fmt: skip
+    assert recipe.models[0].parameters == {"density": 0.53, "weight": 0.4}
+    assert recipe.parameters == {"int8_mask": True, "normalize": False}
+    assert recipe.tokenizer_source is None
+
+
+def test_a_frankenmerge(tmp_path: Path) -> None:
+    recipe = load(tmp_path, FRANKEN)
+    assert [part.sources[0].layers for part in recipe.slices] == [(0, 24), (8, 32)]
+    assert [part.base_model for part in recipe.slices] == [None, None]
+    assert recipe.slices[1].sources[0].parameters == {"scale": (Conditional("o_proj", 0.0), Conditional(None, 1.0))}
+    assert [expert.model for expert in recipe.models] == ["OpenPipe/mistral-ft-optimized-1218", "mlabonne/NeuralHermes"]
+
+
+def test_ties_with_gradients(tmp_path: Path) -> None:
+    recipe = load(tmp_path, TIES)
+    assert recipe.models[0].parameters == {"density": (1.0, 0.7, 0.1), "weight": 1.0}
+    assert [expert.weight for expert in recipe.models] == [1.0, 0.5, 0.0]
+    assert recipe.parameters["lambda"] == (0.5, 1.0)
+    assert recipe.lambda_ == 0.75
+
+
+def test_the_same_model_in_several_slices_is_one_expert(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        """\
+        merge_method: task_arithmetic
+        base_model: base
+        sens: {preset: paper}
+        slices:
+          - sources:
+              - {model: base, layer_range: [0, 2]}
+              - {model: a, layer_range: [0, 2], parameters: {weight: 0.5}, sens: {data: a.jsonl}}
+              - {model: b, layer_range: [0, 2], sens: {data: b.jsonl}}
+            parameters: {weight: 2, lambda: 0.3}
+          - sources:
+              - {model: b, layer_range: [1, 4]}
+              - {model: a, layer_range: [1, 4]}
+        """,
+    )
+    assert [(e.model, e.weight, e.sens and e.sens.data) for e in recipe.models] == [
+        ("a", 0.5, "a.jsonl"),
+        ("b", 2.0, "b.jsonl"),
+    ]
+    assert [part.base_model for part in recipe.slices] == ["base", "base"]
+    assert recipe.lambda_ == 0.3
+
+
+def test_karcher_takes_the_base_in(tmp_path: Path) -> None:
+    text = "merge_method: karcher\nbase_model: b\nmodels: [{{model: a}}, {{model: {0}}}]\n"
+    assert [expert.model for expert in load(tmp_path, text.format("c")).models] == ["a", "c", "b"]
+    assert [expert.model for expert in load(tmp_path, text.format("b")).models] == ["a", "b"]
+
+
+def test_multislerp_with_a_base_among_its_models(tmp_path: Path) -> None:
+    text = "merge_method: multislerp\nbase_model: b\nmodels: [{model: a}, {model: b}, {model: c}]\n"
+    assert [expert.model for expert in load(tmp_path, text).models] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("added", "source"),
+    [
+        ("tokenizer_source: base", None),
+        ("tokenizer_source: union", None),
+        ("tokenizer_source: math", "math"),
+        ("tokenizer: {source: base}", None),
+        ("tokenizer: {source: code}", "code"),
+        ("tokenizer: {}", None),
+        ("chat_template: auto", None),
+    ],
+)
+def test_tokenizers_that_all_models_share(tmp_path: Path, added: str, source: str | None) -> None:
+    recipe = load(tmp_path, f"{PLAIN}{added}\n")
+    assert recipe.tokenizer_source == source
+    assert recipe.chat_template == ("auto" if "chat" in added else None)
+
+
+@pytest.mark.parametrize(
+    ("added", "what"),
+    [
+        ("tokenizer_source: elsewhere", "the tokenizer of 'elsewhere' is not supported yet"),
+        ("tokenizer: {source: elsewhere}", "the tokenizer of 'elsewhere' is not supported yet"),
+        ("tokenizer: {source: base, tokens: {<s>: {source: math}}}", "'tokens' is not supported yet"),
+        ("tokenizer: {pad_to_multiple_of: 8}", "'pad_to_multiple_of' is not supported yet"),
+        ("tokenizer: base", "tokenizer must be a mapping"),
+        ("chat_template: chatml", "`chat_template` of the recipe's own is not supported yet"),
+        ("tokenizer: {source: base}\ntokenizer_source: base", "stand side by side"),
+    ],
+)
+def test_tokenizers_that_would_change_tokens(tmp_path: Path, added: str, what: str) -> None:
+    error = refused(tmp_path, f"{PLAIN}{added}\n")
+    assert what in error.what
+    assert line_of(error) == 10 + added.count("\n")
+
+
+def _slices(*sources: str, method: str = "linear", rest: str = "") -> str:
+    listed = "".join(f"      - {{{source}}}\n" for source in sources)
+    return f"merge_method: {method}\n{rest}slices:\n  - sources:\n{listed}"
+
+
+A = "model: a, layer_range: [0, 2]"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (_slices("model: a"), 4, "`layer_range` must be two whole numbers"),
+        (_slices("model: a, layer_range: [0, 2, 4]"), 4, "`layer_range` must be two whole numbers"),
+        (_slices("model: a, layer_range: [2, 2]"), 4, "`layer_range` must be two whole numbers"),
+        (_slices("model: a, layer_range: [-1, 2]"), 4, "`layer_range` must be two whole numbers"),
+        (_slices("model: a, layer_range: [0, 2.5]"), 4, "`layer_range` must be two whole numbers"),
+        (_slices("model: a, layer_range: [false, true]"), 4, "`layer_range` must be two whole numbers"),
+        (_slices("model: a, layer_range: 0-2"), 4, "`layer_range` must be two whole numbers"),
+        (_slices("layer_range: [0, 2]"), 4, "no `model:`"),
+        (_slices(A, "model: b, layer_range: [0, 3]"), 5, "unlike numbers of layers"),
+        (_slices(A, "model: a, layer_range: [2, 4]"), 5, "'a' is listed twice in one slice"),
+        (_slices(A, "model: b, layer_rnge: [0, 2]"), 5, "unknown key 'layer_rnge'"),
+        (_slices(A) + "    residual_weight: 0.5\n", 5, "'residual_weight' is not supported"),
+        (_slices(A) + "models: [{model: a}]\n", 2, "both `models` and `slices`"),
+        ("merge_method: linear\nslices: []\n", 2, "no slices"),
+        ("merge_method: linear\nslices: [{sources: []}]\n", 2, "no sources"),
+        ("merge_method: linear\nslices: [{parameters: {}}]\n", 2, "no sources"),
+        ("merge_method: linear\nslices: {sources: []}\n", 2, "list"),
+        (_slices(A, method="ties"), 1, "needs a base model"),
+        (_slices(A, method="ties", rest="base_model: a\n"), 4, "the only model is the base itself"),
+        (
+            _slices(A, "model: b, layer_range: [1, 3]", method="ties", rest="base_model: c\n"), 4,
+            "not clear which layers of the base",
+        ),
+        (_slices(A + ", parameters: {normalize: true}"), 4, "'normalize' is not a parameter of one model"),
+        (_slices(A, method="passthrough") + "    parameters: {scale: x}\n", 5, "'scale' of merge method 'passthrough' must be"),
+        (_slices(A, "model: b, layer_range: [0, 2]", method="passthrough"), 3, "passthrough merges 1 model"),
+        (
+            _slices(A, method="task_arithmetic", rest="base_model: b\n") + "    parameters: {lambda: auto}\n", 6,
+            "`lambda: auto` cannot stand in a slice",
+        ),
+    ],
+)  # fmt: skip
+def test_faults_of_slices_are_told_with_their_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    error = refused(tmp_path, text)
+    assert words in error.what
+    assert line_of(error) == line
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "what"),
+    [
+        ("slerp", "abc", "slerp merges 2 models: base_model and one other"),
+        ("slerp", "b", "the only model is the base itself"),
+        ("nearswap", "acd", "nearswap merges 2 models: base_model and one other"),
+        ("arcee_fusion", "acd", "arcee_fusion merges 2 models: base_model and one other"),
+        ("nuslerp", "acd", "nuslerp merges 3 models: base_model and two others"),
+        ("nuslerp", "ab", "nuslerp merges 3 models: base_model and two others"),
+        ("passthrough", "ac", "passthrough merges 1 model"),
+        ("model_stock", "a", "model_stock merges at least 2 models beside base_model"),
+    ],
+)
+def test_too_many_or_too_few_models(tmp_path: Path, method: str, models: str, what: str) -> None:
+    listed = "".join(f"  - model: {model}\n" for model in models)
+    error = refused(tmp_path, f"merge_method: {method}\nbase_model: b\nmodels:\n{listed}")
+    assert error.what == what
+    assert line_of(error) == 3
+
+
+@pytest.mark.parametrize(
+    ("parameters", "what", "fix"),
+    [
+        ("density: 0.5", "merge method 'task_arithmetic' has no 'density'", "ties"),
+        ("t: 0.5", "merge method 'task_arithmetic' has no 't'", "slerp"),
+        ("densty: 0.5", "unknown key 'densty'", "remove it"),
+        ("lambda: []", "'lambda' of merge method 'task_arithmetic' is an empty list", "lambda: 1"),
+        ("lambda: [1, x]", "'lambda' of merge method 'task_arithmetic' must be a number", "lambda: 1"),
+        ("lambda: [1, auto]", "'lambda' of merge method 'task_arithmetic' must be a number", "lambda: 1"),
+        ("lambda: [[1]]", "'lambda' of merge method 'task_arithmetic' must be a number", "lambda: 1"),
+        ("lambda: [1, {value: 2}]", "lambda[0] must be a mapping", "key: value"),
+        ("lambda: {filter: mlp}", "a filtered 'lambda' has no value", "value: 1"),
+        ("lambda: {filtr: mlp, value: 1}", "unknown key 'filtr'", "'filter'"),
+        ("lambda: {filter: mlp, value: x}", "'lambda' of merge method 'task_arithmetic' must be a number", "value: 1"),
+        ("lambda: [{filter: [mlp], value: 1}]", "'filter' must be text", "filter:"),
+        ("lambda: [{value: {value: 1}}]", "'lambda' of merge method 'task_arithmetic' must be a number", "value: 1"),
+        ("lambda: ", "'lambda' of merge method 'task_arithmetic' must be a number", "lambda: 1"),
+        ("normalize: [true, 1]", "'normalize' of merge method 'task_arithmetic' must be true or false", "false"),
+    ],
+)
+def test_faults_of_parameters(tmp_path: Path, parameters: str, what: str, fix: str) -> None:
+    error = refused(tmp_path, PLAIN.replace("lambda: 0.7", parameters))
+    assert what in error.what
+    assert fix in error.fix
+    assert line_of(error) == 8
+
+
+def test_a_fault_deep_in_a_list_has_its_own_line(tmp_path: Path) -> None:
+    error = refused(tmp_path, SLERP.replace("[1, 0.5, 0.7, 0.3, 0]", "[1, half]"))
+    assert line_of(error) == 14
+    assert "'t' of merge method 'slerp' must be a number" in error.what
+    assert "'half'" in error.why
+
+
+@pytest.mark.parametrize(
+    ("written", "fault"), [("1.5", "from 0 to 1"), ("-0.1", "from 0 to 1"), ("[0.5, 2]", "from 0 to 1")]
+)
+def test_a_density_out_of_range(tmp_path: Path, written: str, fault: str) -> None:
+    error = refused(tmp_path, DARE.replace("density: 0.53", f"density: {written}", 1))
+    assert "'density' of merge method 'dare_ties' must be a number" in error.what
+    assert fault in error.what
+    assert line_of(error) == 6
+
+
+@pytest.mark.parametrize("key", ["normalize: true", "lambda: 0.5"])
+def test_what_all_models_share_does_not_stand_in_one(tmp_path: Path, key: str) -> None:
+    error = refused(tmp_path, PLAIN.replace("{weight: 0.5}", f"{{{key}}}"))
+    assert "is not a parameter of one model" in error.what
+    assert "top-level" in error.fix
+    assert line_of(error) == 5
+
+
+SENS_SLICES = """\
+merge_method: task_arithmetic
+base_model: base
+sens: {preset: paper}
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 2], sens: {data: a.jsonl}}
+      - {model: b, layer_range: [0, 2]}
+  - sources:
+      - {model: a, layer_range: [2, 4]}
+      - {model: b, layer_range: [2, 4], }
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("b, layer_range: [2, 4], ", "c, layer_range: [2, 4]", 5, "slices of unlike models"),
+        ("[2, 4], }", "[2, 4], sens: {data: b.jsonl}}", 10, "the `sens:` of 'b' stands in a later source"),
+        ("preset: paper", "preset: calibrated", 5, "`lambda: auto` with `slices:` is not supported"),
+        ("[2, 4], }\n", "[2, 4]}\n    base_model: c\n", 8, "slices of unlike bases"),
+        ("[2, 4], }\n", "[2, 4]}\n    base_model: a\n", 8, "slices of unlike bases"),
+        ("{model: b, layer_range: [2, 4], }", "{model: b, layer_range: [1, 3]}\n      - {model: base, layer_range: [2, 4]}", 8,
+         "slices of unlike ranges"),
+        ("task_arithmetic", "multislerp", None, "does not work with `sens:`"),
+    ],
+)  # fmt: skip
+def test_sens_with_slices(tmp_path: Path, old: str, new: str, line: int | None, words: str) -> None:
+    assert len(load(tmp_path, SENS_SLICES).slices) == 2
+    error = refused(tmp_path, SENS_SLICES.replace(old, new))
+    assert words in error.what
+    if line is not None:
+        assert line_of(error) == line
+
+
+def test_a_slice_s_lambda_is_one_the_recipe_names(tmp_path: Path) -> None:
+    """A preset's lambda stays out, and `lambda: auto` beside it is refused."""
+    text = SENS_SLICES.replace("preset: paper", "preset: calibrated") + "    parameters: {lambda: 0.2}\n"
+    assert load(tmp_path, text).lambda_ == 0.2
+    error = refused(tmp_path, text + "parameters: {lambda: auto}\n")
+    assert "a slice names a lambda" in error.what
+    assert line_of(error) == 8
+
+
+def test_another_seed_for_the_draws(tmp_path: Path) -> None:
+    assert with_seed(load(tmp_path, DARE), 7).parameters["seed"] == 7
+    with pytest.raises(RecipeError, match="takes no random seed") as caught:
+        with_seed(load(tmp_path, PLAIN), 7)
+    assert "--random-seed" in caught.value.fix
+    with pytest.raises(RecipeError, match="must be a whole number"):
+        with_seed(load(tmp_path, DARE), -1)
+
+
+@pytest.mark.parametrize(
+    "text", [SLERP, DARE, FRANKEN, TIES, SENS_SLICES], ids=["slerp", "dare", "franken", "ties", "sens"]
+)
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_values_in_mergekit_s_forms_never_end_in_a_traceback(tmp_path: Path, text: str, odd: str) -> None:
+    """Each value of each line, one after another."""
+    lines = text.split("\n")
+    for at, line in enumerate(lines):
+        key, colon, _ = line.partition(": ")
+        if colon:
+            with suppress(RecipeError):
+                load(tmp_path, "\n".join([*lines[:at], f"{key}: {odd}", *lines[at + 1 :]]))

@@ -2,188 +2,222 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from . import progress
-from .calibration.samples import FIELDS
 from .checkpoints.formats import DTYPES
-from .distances import DISTANCES
 from .errors import RecipeError
 from .methods import METHODS, Method
-from .records import Expert, Recipe, SensSettings, SensSource
+from .methods.option import WEIGHT
+from .records import Expert, Recipe, SensSource, Settings, Slice, SliceSource
 from .registry import unknown_name
-from .rules import RULES
-from .rules.presets import Preset, preset
+from .sens_block import check_sens, read_sens, read_source
+from .settings import LAMBDA, read_parameters, without, without_filters
 from .yamlfile import Section, read_yaml
 
+TOP_LEVEL = (
+    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
+    "chat_template", "sens",
+)  # fmt: skip
 # mergekit's keys that would change a merge and are not built yet: refused by name.
-TOP_LEVEL = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "sens")
-UNSUPPORTED = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "merge_parameters")
-
-METHOD_PARAMETERS = ("density", "rescale", "int8_mask", "gamma", "epsilon", "t", "normalize", "lambda")
-
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "template": ("none", "chat"),
-    "loss": ("response", "all"),
-    "score": ("weight", "task_vector", "fisher"),
-    "group": ("block", "module", "tensor"),
-    "positions": ("all", "loss", "last"),
-    "axis": ("row", "column"),
-    "direction": ("distance", "similarity"),
-    "other": ("block_mean", "own_group", "base", "uniform"),
-    "compute_dtype": ("float32", "bfloat16", "float16"),
-}
-_WHOLE_NUMBERS = {"samples": 1, "max_length": 2, "seed": 0}
+UNSUPPORTED = ("modules", "merge_parameters")
 
 
-def _refuse(what: str, where: str, why: str, fix: str) -> RecipeError:
-    return RecipeError(what, where=where, why=why, fix=fix)
+def merged_models(method: Method, listed: Sequence[str], base: str | None) -> list[str]:
+    """Which of the models that are listed together are merged; the others are the base that the method takes them from."""
+    return [model for model in listed if method.base in ("member", "joins") or model != base]
 
 
-def checked_setting(key: str, value: Any, where: str) -> Any:
-    """The value of one key of `sens:`, checked. Raises RecipeError naming `where`."""
-    if key == "rule":
-        RULES.get(str(value), where=where)
-        return str(value)
-    if key == "distance":
-        if str(value) not in DISTANCES.names():
-            raise unknown_name("distance", str(value), DISTANCES.names(), where=where)
-        return str(value)
-    if key in CHOICES:
-        if str(value) not in CHOICES[key]:
-            raise unknown_name(f"value of '{key}'", str(value), CHOICES[key], where=where)
-        return str(value)
-    if key in _WHOLE_NUMBERS:
-        if isinstance(value, bool) or not isinstance(value, int) or value < _WHOLE_NUMBERS[key]:
-            raise _refuse(
-                f"'{key}' must be a whole number from {_WHOLE_NUMBERS[key]} up",
-                where,
-                f"found {value!r}",
-                f"`{key}: 100`",
-            )
-        return value
-    if key == "total" and value == "K":
-        return value
-    try:
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not abs(number) < float("inf") or (key == "temperature" and number <= 0):
-        kind = "a number above 0" if key == "temperature" else "`K` or a number"
-        raise _refuse(f"'{key}' must be {kind}", where, f"found {value!r}", f"`{key}: 1.0`")
-    return number
+@dataclass(frozen=True)
+class _Entry:
+    """One `model:` of the recipe: in `models:`, or as a source of a slice."""
+
+    section: Section
+    model: str
+    parameters: Settings
+    sens: SensSource | None
+
+    @property
+    def line(self) -> int:
+        return self.section.line
 
 
-def _tell_unused_temperature(settings: SensSettings, where: str) -> None:
-    """Warn that a temperature was named which the rule does not use."""
-    if not RULES.get(settings.rule, where=where).uses_temperature:
-        progress.warning(f"{where}: `rule: {settings.rule}` has no temperature, so this one changes nothing")
-
-
-def _sens_settings(section: Section) -> tuple[SensSettings, Preset]:
-    section.allow(field.name for field in fields(SensSettings))
-    chosen = preset(section.text("preset", "paper") or "paper", where=f"{section.path}:{section.line_of('preset')}")
-    defaults: dict[str, Any] = {"preset": chosen.name, **chosen.settings}
-    if chosen.by_size:
-        defaults["temperature"] = None
-    for field in fields(SensSettings):
-        value = section.value(field.name) if field.name != "preset" else None
-        if value is not None:
-            where = f"{section.path}:{section.line_of(field.name)}"
-            defaults[field.name] = checked_setting(field.name, value, where)
-    settings = SensSettings(**defaults)
-    if "temperature" in section:
-        _tell_unused_temperature(settings, f"{section.path}:{section.line_of('temperature')}")
-    if settings.positions == "last" and settings.loss == "all":
-        raise section.error(
-            "`positions: last` cannot be used with `loss: all`",
-            section.line_of("positions"),
-            "use `loss: response` with `positions: last`",
-            "the end of a prompt is where the loss begins, and with `loss: all` it begins at once",
-        )
-    return settings, chosen
-
-
-def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """`recipe` with some keys of its `sens:` block replaced, checked like the file's own. Raises RecipeError."""
-    if recipe.sens is None:
-        raise _no_sens(recipe)
-    checked = {key: checked_setting(key, value, f"--{key}") for key, value in changes.items() if value is not None}
-    sens = replace(recipe.sens, **checked)
-    if "temperature" in checked:
-        _tell_unused_temperature(sens, "--temperature")
-    return replace(recipe, sens=sens)
-
-
-def _no_sens(recipe: Recipe) -> RecipeError:
-    return _refuse(
-        "this recipe has no `sens:` block",
-        recipe.where(),
-        "there is nothing to calibrate: it is a plain merge",
-        "add `sens: {preset: paper}`, and `sens: {data: FILE.jsonl}` to each model",
-    )
-
-
-def settings_of(recipe: Recipe) -> SensSettings:
-    """The recipe's `sens:` settings; raises RecipeError if it has none."""
-    if recipe.sens is None:
-        raise _no_sens(recipe)
-    return recipe.sens
-
-
-def _source(section: Section) -> SensSource:
-    section.allow(("data", "profile"))
-    if ("data" in section) == ("profile" in section):
-        raise section.error(
-            "a model's `sens:` needs either data or a profile", section.line, "write `sens: {data: FILE.jsonl}`"
-        )
-    if section.is_section("data"):
-        data = section.section("data")
-        assert data is not None
-        data.allow(("path", *FIELDS), unsupported=("name", "split", "revision"))
-        path = data.text("path")
-        names = {field: name for field in FIELDS if (name := data.text(field)) is not None}
-        if path is None:
-            raise data.error("`data:` needs a path", data.line, "write `data: {path: FILE.jsonl}`")
-        return SensSource(data=path, fields=names)
-    source = SensSource(data=section.text("data"), profile=section.text("profile"))
-    if not source.data and not source.profile:
-        raise section.error(
-            "a model's `sens:` names no file", section.line, "write `sens: {data: FILE.jsonl}`", "its value is empty"
-        )
-    return source
-
-
-def _number_only(section: Section, key: str, default: float) -> float:
-    if isinstance(section.value(key), (list, dict)):
-        raise section.error(
-            f"layer gradients and filters for '{key}' are not supported yet",
-            section.line_of(key),
-            f"give one number: `{key}: 0.5`",
-            "a list or a filter would be another merge, so it is not ignored",
-        )
-    return section.number(key, default)
-
-
-def _expert(section: Section, default_weight: float) -> Expert:
-    section.allow(("model", "parameters", "sens"))
+def _entry(section: Section, method: Method, keys: Sequence[str] = ()) -> _Entry:
+    section.allow(("model", "parameters", "sens", *keys))
     model = section.text("model")
     if not model:
         raise section.error("a model entry has no `model:`", section.line, "write `- model: FOLDER`")
-    parameters = section.section("parameters")
-    weight = default_weight
-    if parameters is not None:
-        parameters.allow(("weight",), unsupported=METHOD_PARAMETERS)
-        weight = _number_only(parameters, "weight", default_weight)
+    parameters = read_parameters(section, method, "model")
     sens = section.section("sens")
     if "sens" in section and sens is None:
         raise section.error("a model's `sens:` is empty", section.line_of("sens"), "write `sens: {data: FILE.jsonl}`")
-    source = None if sens is None else _source(sens)
-    return Expert(model, weight, source, section.line)
+    return _Entry(section, model, parameters, None if sens is None else read_source(sens))
+
+
+def _expert(entry: _Entry, levels: Sequence[Settings], method: Method, parameters: Settings) -> Expert:
+    # A method without weights counts every model alike.
+    option = method.by_name.get(WEIGHT.name)
+    weight = 1.0 if option is None else without_filters(levels, option)
+    # A plug-in's weight may be required, and then stand behind filters only.
+    return Expert(entry.model, 1.0 if weight is None else float(weight), parameters, entry.sens, entry.line)
+
+
+def _refuse_twice(entries: Sequence[_Entry], place: str, fix: str) -> None:
+    seen: dict[str, int] = {}
+    for entry in entries:
+        if entry.model in seen:
+            raise entry.section.error(
+                f"'{entry.model}' is listed twice{place}", entry.line, fix, f"first in line {seen[entry.model]}"
+            )
+        seen[entry.model] = entry.line
+
+
+def _check_count(section: Section, line: int, method: Method, listed: Sequence[str], base: str | None) -> None:
+    """As many models as the method can merge; raises RecipeError."""
+    if method.base == "required" and base is None:
+        raise section.error(
+            f"merge method '{method.name}' needs a base model",
+            section.line_of("merge_method"),
+            "add `base_model: FOLDER`",
+            f"it is: {method.summary}",
+        )
+    merged = merged_models(method, listed, base)
+    if not merged:
+        raise section.error(
+            "the only model is the base itself",
+            line,
+            "add a model that was fine-tuned from it",
+            "nothing is left to merge",
+        )
+    least, most = method.experts
+    if len(merged) >= least and (most is None or len(merged) <= most):
+        return
+    beside = method.base in ("required", "optional") and base is not None
+    raise section.error(
+        f"{method.name} merges {_wanted(least, most, beside)}",
+        line,
+        "stack the layers of several models with `slices:`"
+        if method.name == "passthrough"
+        else "list just as many models",
+        f"{len(merged)} {'is' if len(merged) == 1 else 'are'} listed{' beside the base' if beside else ''}:"
+        f" {', '.join(merged)}",
+    )
+
+
+_WORDS = {1: "one", 2: "two", 3: "three"}
+
+
+def _wanted(least: int, most: int | None, beside: bool) -> str:
+    """How many models a method takes, in words."""
+    exact = least == most
+    if beside and exact:
+        return f"{least + 1} models: base_model and {_WORDS.get(least, str(least))} other{'s' if least > 1 else ''}"
+    count = f"{least}" if exact else f"at least {least}" if most is None else f"{least} to {most}"
+    return f"{count} model{'' if count == '1' else 's'}{' beside base_model' if beside else ''}"
+
+
+def _models(top: Section, method: Method, base: str | None, shared: Settings) -> tuple[Expert, ...]:
+    """The models that are merged, of those under `models:`."""
+    entries = [_entry(section, method) for section in top.sections("models")]
+    if not entries:
+        raise top.error(
+            "the recipe names no models", top.line_of("models"), "add `models:` with one `- model: FOLDER` each"
+        )
+    _refuse_twice(entries, "", "list each model once and give it the sum of the weights")
+    listed = [entry.model for entry in entries]
+    experts = [_expert(entry, (entry.parameters, shared), method, entry.parameters) for entry in entries]
+    if method.base == "joins" and base is not None and base not in listed:
+        experts.append(Expert(base, 1.0, {}, None, top.line_of("base_model")))
+        listed.append(base)
+    _check_count(top, top.line_of("models"), method, listed, base)
+    merged = merged_models(method, listed, base)
+    return tuple(expert for expert in experts if expert.model in merged)
+
+
+def _layers(section: Section) -> tuple[int, int]:
+    value = section.value("layer_range")
+    whole = isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
+    if not whole or not 0 <= value[0] < value[1]:
+        raise section.error(
+            "`layer_range` must be two whole numbers, the first layer and the one after the last",
+            section.line_of("layer_range"),
+            "write `layer_range: [0, 16]` for layers 0 to 15",
+            "a source of a slice needs one" if value is None else f"found {value!r}",
+        )
+    return value[0], value[1]
+
+
+def _slice(section: Section, top: Section, method: Method, base: str | None) -> tuple[Slice, list[_Entry]]:
+    section.allow(("sources", "base_model", "parameters"), unsupported=("residual_weight",))
+    entries = [_entry(source, method, ("layer_range",)) for source in section.sections("sources")]
+    if not entries:
+        raise section.error(
+            "a slice has no sources",
+            section.line_of("sources"),
+            "write `sources: [{model: FOLDER, layer_range: [0, 16]}]`",
+        )
+    ranges = [_layers(entry.section) for entry in entries]
+    unlike = next((at for at, (a, b) in enumerate(ranges) if b - a != ranges[0][1] - ranges[0][0]), None)
+    if unlike is not None:
+        raise section.error(
+            "the sources of a slice have unlike numbers of layers",
+            entries[unlike].section.line_of("layer_range"),
+            "give every source of a slice a range of the same length",
+            f"{list(ranges[unlike])} of '{entries[unlike].model}', {list(ranges[0])} of '{entries[0].model}'",
+        )
+    _refuse_twice(
+        entries, " in one slice", "name each model once in a slice; stack its layers with a slice of their own"
+    )
+    base = section.text("base_model") or base
+    listed = [entry.model for entry in entries]
+    if method.base == "required" and base is None:
+        _check_count(top, section.line, method, listed, base)
+    _check_count(section, section.line, method, listed, base)
+    if method.base in ("required", "optional") and base is not None and base not in listed and len(set(ranges)) > 1:
+        raise section.error(
+            "it is not clear which layers of the base belong to this slice",
+            section.line,
+            f"add the source `{{model: {base}, layer_range: [FROM, TO]}}`",
+            "its sources have unlike ranges, and the base is not among them",
+        )
+    sources = tuple(
+        SliceSource(entry.model, layers, entry.parameters, entry.line)
+        for entry, layers in zip(entries, ranges, strict=True)
+    )
+    return Slice(sources, base, read_parameters(section, method, "slice"), section.line), entries
+
+
+def _stacked(
+    top: Section, method: Method, base: str | None, shared: Settings
+) -> tuple[tuple[Slice, ...], tuple[Expert, ...]]:
+    """The slices, and the models that are merged in them: each once, in the order of the recipe."""
+    slices: list[Slice] = []
+    experts: dict[str, Expert] = {}
+    first_lines: dict[str, int] = {}
+    for section in top.sections("slices"):
+        part, entries = _slice(section, top, method, base)
+        slices.append(part)
+        merged = merged_models(method, [entry.model for entry in entries], part.base_model)
+        for entry in entries:
+            first_line = first_lines.setdefault(entry.model, entry.line)
+            if entry.sens is not None and first_line != entry.line:
+                raise entry.section.error(
+                    f"the `sens:` of '{entry.model}' stands in a later source",
+                    entry.section.line_of("sens"),
+                    f"write it into the model's first source, in line {first_line}",
+                    "a model is calibrated once, whatever slices it is in",
+                )
+            if entry.model in merged and entry.model not in experts:
+                levels = (entry.parameters, part.parameters, shared)
+                experts[entry.model] = _expert(entry, levels, method, {})
+    if not slices:
+        raise top.error(
+            "the recipe names no slices",
+            top.line_of("slices"),
+            "write `slices:` with one `- sources: [{model: FOLDER, layer_range: [0, 16]}]` each",
+        )
+    return tuple(slices), tuple(experts.values())
 
 
 def _dtype(top: Section, key: str) -> str | None:
@@ -193,129 +227,141 @@ def _dtype(top: Section, key: str) -> str | None:
     return name
 
 
-def _parameters(top: Section, method: Method) -> tuple[float | str | None, dict[str, object], float]:
-    """(λ, the method's options, the weight of models that name none) from the top-level `parameters:`."""
-    options = dict(method.options)
-    section = top.section("parameters")
-    if section is None:
-        return None, options, 1.0
-    section.allow(("lambda", "weight", *method.options), unsupported=METHOD_PARAMETERS)
-    scale: float | str | None = None
-    if "lambda" in section:
-        if not method.adds:
-            raise section.error(
-                f"merge method '{method.name}' has no lambda",
-                section.line_of("lambda"),
-                "remove `lambda:`, or use `merge_method: task_arithmetic`",
-            )
-        value = section.value("lambda")
-        scale = "auto" if value == "auto" else _number_only(section, "lambda", 1.0)
-    for name, default in method.options.items():
-        assert isinstance(default, bool)
-        options[name] = section.truth(name, default)
-    weight = _number_only(section, "weight", 1.0)
-    return scale, options, weight
-
-
-def _checked_models(top: Section, default_weight: float) -> tuple[Expert, ...]:
-    experts = tuple(_expert(section, default_weight) for section in top.sections("models"))
-    if not experts:
+def _tokenizer_source(top: Section, models: Sequence[str]) -> str | None:
+    """The model whose tokenizer is asked for, None for the usual one; what would change tokens is refused by name."""
+    if "tokenizer" in top and "tokenizer_source" in top:
         raise top.error(
-            "the recipe names no models", top.line_of("models"), "add `models:` with one `- model: FOLDER` each"
+            "`tokenizer` and `tokenizer_source` stand side by side",
+            top.line_of("tokenizer_source"),
+            "keep one of the two",
+            "both say whose tokenizer the merged model has",
         )
-    seen: dict[str, int] = {}
-    for expert in experts:
-        if expert.model in seen:
-            raise top.error(
-                f"'{expert.model}' is listed twice",
-                expert.line,
-                "list each model once and give it the sum of the weights",
-                f"first in line {seen[expert.model]}",
-            )
-        seen[expert.model] = expert.line
-    return experts
+    section = top.section("tokenizer")
+    if section is not None:
+        section.allow(("source",), unsupported=("tokens", "pad_to_multiple_of"))
+    place, key = (top, "tokenizer_source") if section is None else (section, "source")
+    source = place.text(key)
+    if source in (None, "base", "union"):
+        # Models whose tokenizers differ are refused, so both are the tokenizer that all share.
+        return None
+    if source not in models:
+        raise place.error(
+            f"the tokenizer of '{source}' is not supported yet",
+            place.line_of(key),
+            f"write `{key}: base`, or a model of this recipe",
+            f"the merge reads no such model; it reads {', '.join(models)}",
+        )
+    return source
 
 
-def _check_sens(recipe: Recipe, method: Method) -> None:
-    if recipe.sens is None:
-        with_source = next((expert for expert in recipe.models if expert.sens is not None), None)
-        if with_source is not None:
-            raise _refuse(
-                "a model has a `sens:` block, but the recipe has none",
-                recipe.where(with_source.line),
-                "without it the calibration data would be ignored",
-                "add `sens: {preset: paper}` at the top level, or remove the model's block",
-            )
-        if recipe.lambda_ == "auto":
-            raise _refuse(
-                "`lambda: auto` needs calibration data",
-                recipe.where(),
-                "it is chosen by the loss on calibration samples",
-                "add `sens: {rule: uniform}` for a plain merge, and `sens: {data: FILE.jsonl}` to each model",
-            )
-        return
-    if not method.takes_sens:
-        raise _refuse(
-            f"merge method '{method.name}' does not work with `sens:`",
-            recipe.where(),
-            "it does not sum task vectors, so there is nothing that a coefficient could multiply",
-            "remove the `sens:` block, or use `merge_method: task_arithmetic`",
+def _chat_template(top: Section) -> str | None:
+    template = top.text("chat_template")
+    if template not in (None, "auto"):
+        raise top.error(
+            "a `chat_template` of the recipe's own is not supported yet",
+            top.line_of("chat_template"),
+            "remove it, or write `chat_template: auto`",
+            "it would change the tokenizer's files, so it is not ignored",
         )
-    if recipe.base_model is None:
-        raise _refuse(
-            "`sens:` needs a base model",
-            recipe.where(),
-            "coefficients multiply task vectors: the differences from a base",
-            "add `base_model: FOLDER`",
+    return template
+
+
+def _scale(top: Section, shared: Settings, slices: Sequence[Slice]) -> float | str | None:
+    """λ as the recipe names it: `auto`, its value without filters, or None."""
+    levels = [level for level in (shared, *(part.parameters for part in slices)) if LAMBDA.name in level]
+    if not levels:
+        return None
+    if "auto" not in (level[LAMBDA.name] for level in levels):
+        return without_filters(levels, LAMBDA)
+    fixed = next((part for part in slices if LAMBDA.name in part.parameters), None)
+    if fixed is not None:
+        raise top.error(
+            "a slice names a lambda, and the recipe says `lambda: auto`",
+            fixed.line,
+            "remove one of the two",
+            "the lambda that is chosen is that of the whole merge",
         )
+    return "auto"
+
+
+def _method_and_base(top: Section) -> tuple[Method, str | None]:
+    top.allow(TOP_LEVEL, unsupported=UNSUPPORTED)
+    name = top.text("merge_method")
+    if not name:
+        raise top.error("the recipe has no merge_method", top.line, "add `merge_method: task_arithmetic`")
+    if "models" in top and "slices" in top:
+        raise top.error(
+            "the recipe has both `models` and `slices`",
+            top.line_of("slices"),
+            "keep one of the two: `models:` merges whole models, `slices:` stacks layers",
+            "they are two ways to say what the merged model is made of",
+        )
+    return METHODS.get(name, where=f"{top.path}:{top.line_of('merge_method')}"), top.text("base_model") or None
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file (a mergekit file, with or without `sens:`). Raises RecipeError with line and suggestion."""
     path = Path(path)
     text, top = read_yaml(path)
-    top.allow(TOP_LEVEL, unsupported=UNSUPPORTED)
-    name = top.text("merge_method")
-    if not name:
-        raise top.error("the recipe has no merge_method", top.line, "add `merge_method: task_arithmetic`")
-    method = METHODS.get(name, where=f"{path}:{top.line_of('merge_method')}")
-    base = top.text("base_model")
-    if base is None and method.needs_base:
-        raise top.error(
-            f"merge method '{name}' needs a base model",
-            top.line_of("merge_method"),
-            "add `base_model: FOLDER`",
-            "it adds task vectors to a base",
-        )
-    scale, options, default_weight = _parameters(top, method)
-    models = _checked_models(top, default_weight)
+    method, base = _method_and_base(top)
+    shared = read_parameters(top, method, "recipe")
+    slices: tuple[Slice, ...] = ()
+    if "slices" in top:
+        slices, models = _stacked(top, method, base, shared)
+    else:
+        models = _models(top, method, base, shared)
+    scale = _scale(top, shared, slices)
     sens_section = top.section("sens")
     if "sens" in top and sens_section is None:
         raise top.error("`sens:` is empty", top.line_of("sens"), "write `sens: {preset: paper}`")
-    sens, chosen = (None, None) if sens_section is None else _sens_settings(sens_section)
+    sens, chosen = (None, None) if sens_section is None else read_sens(sens_section)
     if chosen is not None and scale is None and (chosen.lambda_ is not None or chosen.by_size):
         if not method.adds:
             raise top.error(
-                f"`preset: {chosen.name}` chooses lambda, and merge method '{name}' has none",
+                f"`preset: {chosen.name}` chooses lambda, and merge method '{method.name}' has none",
                 top.line_of("sens"),
                 "use `merge_method: task_arithmetic`, or `sens: {preset: paper, rule: normalized}`",
             )
         scale = chosen.lambda_
-    dtype, out_dtype = _dtype(top, "dtype"), _dtype(top, "out_dtype")
-    if base is not None and name != "linear":
-        # A base listed among the models has no task vector: mergekit's habit, which means nothing but the base.
-        models = tuple(expert for expert in models if expert.model != base)
-        if not models:
-            raise top.error(
-                "the only model is the base itself", top.line_of("models"), "add a model that was fine-tuned from it"
-            )
-    if options.get("normalize") and math.fsum(expert.weight for expert in models) == 0.0:
-        raise top.error(
-            "the weights sum to zero",
-            top.line_of("models"),
-            "change a weight, or write `parameters: {normalize: false}`",
-            f"merge method '{name}' with `normalize: true` divides by their sum",
-        )
-    recipe = Recipe(path, text, name, base, models, scale, options, dtype, out_dtype, sens)
-    _check_sens(recipe, method)
+    read = list(dict.fromkeys([*([base] if base else []), *(expert.model for expert in models)]))
+    recipe = Recipe(
+        path=path,
+        text=text,
+        merge_method=method.name,
+        base_model=base,
+        models=models,
+        slices=slices,
+        lambda_=scale,
+        parameters=without(shared, LAMBDA.name) if scale == "auto" else shared,
+        dtype=_dtype(top, "dtype"),
+        out_dtype=_dtype(top, "out_dtype"),
+        sens=sens,
+        tokenizer_source=_tokenizer_source(top, read),
+        chat_template=_chat_template(top),
+    )
+    check_sens(recipe, method)
     return recipe
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """`recipe` with another seed of the method's draws, on every level. Raises RecipeError for a method that draws nothing."""
+    method = METHODS.get(recipe.merge_method, where=recipe.where())
+    option = method.by_name.get("seed")
+    if not method.draws or option is None:
+        raise RecipeError(
+            f"merge method '{method.name}' takes no random seed",
+            where=f"--random-seed {seed}",
+            why="it draws nothing at random",
+            fix="leave out `--random-seed`",
+        )
+    try:
+        value = option.check(seed)
+    except ValueError as fault:
+        raise RecipeError(
+            f"the random seed {fault}", where="--random-seed", why=f"found {seed}", fix="--random-seed 0"
+        ) from None
+    return replace(
+        recipe,
+        parameters={**recipe.parameters, "seed": value},
+        slices=tuple(replace(part, parameters=without(part.parameters, "seed")) for part in recipe.slices),
+    )

@@ -6,7 +6,7 @@ Duplicate keys are refused, and `allow()` refuses keys that are not known, with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class Section:
 
     def __contains__(self, key: str) -> bool:
         return key in self._nodes
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys, in the order of the file."""
+        return iter(self._nodes)
 
     def value(self, key: str) -> Any:
         """The plain value of a key, None if it is absent."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from sensmerge.checkpoints.families import group_tensors, natural_key, role_outside, tied_head
+from sensmerge.checkpoints.families import group_tensors, natural_key, role_outside, stack_of, tied_head
 from sensmerge.errors import IncompatibleModelsError
 
 LAYERS = 11
@@ -73,6 +73,28 @@ def test_as_many_blocks_as_the_config_says(family: str) -> None:
     grouping = group_tensors(names_of(family))
     assert grouping.layers == tuple(f"{FAMILIES[family][2]}.{n}" for n in range(LAYERS))
     assert set(grouping.group_of) == set(names_of(family))
+
+
+@each_family
+def test_names_come_apart_and_together_again(family: str) -> None:
+    stack, names = stack_of(reversed(names_of(family))), names_of(family)
+    assert stack.numbers == tuple(str(n) for n in range(LAYERS))
+    assert stack.prefix == FAMILIES[family][2]
+    for name in names:
+        parts = stack.split(name)
+        assert (parts is not None) is name.startswith(f"{stack.prefix}.")
+        if parts is not None:
+            assert stack.join(*parts) == name
+            assert parts[0] in stack.numbers
+
+
+def test_stacks_without_a_prefix_or_without_blocks() -> None:
+    bare = stack_of(["0.weight", "1.weight", "10.weight", "2.weight", "head.weight"])
+    assert (bare.prefix, bare.numbers) == ("", ("0", "1", "2", "10"))
+    assert bare.split("10.weight") == ("10", ".weight")
+    assert bare.join("3", ".weight") == "3.weight"
+    assert stack_of(["embed.weight"]).numbers == ()
+    assert stack_of(["embed.weight"]).split("embed.weight") is None
 
 
 @each_family

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+import sensmerge.checkpoints.writer as writer_module
 from sensmerge.checkpoints.formats import FLOATS, ITEM_SIZES
 from sensmerge.checkpoints.source import ModelFolder
 from sensmerge.checkpoints.writer import Shard, ShardWriter, output_config, split_into_shards, write_index
@@ -67,7 +69,7 @@ def write_all(folder: Path, stored: dict[str, Tensor], shard_bytes: int, piece: 
         for spec in shard.tensors:
             whole = raw(stored[spec.name], spec)
             for start in range(0, len(whole), piece):
-                writer.append(whole[start : start + piece])
+                writer.write(spec.name, start, whole[start : start + piece])
         hashes[shard.file] = writer.close()
     write_index(folder, shards)
     return hashes
@@ -173,10 +175,43 @@ def test_too_few_or_too_many_bytes_are_a_value_error(tmp_path: Path, elements: i
     writer = ShardWriter(tmp_path, SHARD)
     try:
         with pytest.raises(ValueError, match=r"model\.safetensors"):  # noqa: PT012
-            writer.append(np.ones(elements, dtype=np.float32))
+            writer.write("t", 0, np.ones(elements, dtype=np.float32))
             writer.close()
     finally:
         writer.abandon()
+
+
+@pytest.mark.parametrize("waiting", [0, 1000, 1 << 24])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_pieces_in_any_order_and_from_any_thread_give_the_same_file(
+    tmp_path: Path, waiting: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same hash: pieces that wait for an earlier one are kept, or read again where there is no room."""
+    monkeypatch.setattr(writer_module, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(writer_module, "WRITEBACK_BYTES", 5000)
+    stored = {
+        name: torch.randn(size, generator=torch.Generator().manual_seed(size))
+        for name, size in (("a", 5003), ("b", 977))
+    }
+    expected = write_all(tmp_path / "in-order", stored, 10**9, piece=100)
+    (shard,) = split_into_shards(specs(stored), 10**9)
+    (tmp_path / "out").mkdir()
+    writer = ShardWriter(tmp_path / "out", shard)
+    pieces = [(spec, start) for spec in shard.tensors for start in range(0, spec.elements, 61)]
+    np.random.default_rng(waiting + threads).shuffle(pieces)
+
+    def write(mine: list[tuple[TensorSpec, int]]) -> None:
+        for spec, start in mine:
+            writer.write(spec.name, start, raw(stored[spec.name], spec)[start : start + 61])
+
+    running = [threading.Thread(target=write, args=(pieces[n::threads],)) for n in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert {"model.safetensors": writer.close()} == expected
+    same = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "in-order")]
+    assert same[0] == same[1]
 
 
 def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
@@ -197,7 +232,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 shard = Shard("model.safetensors", (TensorSpec("t", "U8", (100_000,)),))
 try:
     writer = ShardWriter(Path(sys.argv[1]), shard)
-    writer.append(np.zeros(100_000, dtype=np.uint8))
+    writer.write("t", 0, np.zeros(100_000, dtype=np.uint8))
     writer.close()
 except ResourceError as error:
     print(error.exit_code, error)

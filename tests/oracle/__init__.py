@@ -1,1 +1,4 @@
-"""An independent float64 reading of Sens-Merging (arXiv 2502.12420): it shares no code with `sensmerge`."""
+"""Independent float64 readings of Sens-Merging (arXiv 2502.12420) and of every merge method.
+
+They share no code with `sensmerge`, but for the random draws, whose numbers are part of what a recipe means.
+"""

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sensmerge as sm
 from sensmerge.errors import IncompatibleModelsError, InputFileError, NonFiniteError, OutputError, RecipeError
+from sensmerge.pipeline import dry_run
 from sensmerge.records import Alignment, Coefficients, Recipe, SensitivityProfile
 from tests.oracle.families import FamilyFiles, FamilySpec, build_family, write_recipe
 
@@ -178,6 +179,8 @@ def test_the_records_have_the_promised_keys(untrained: FamilyFiles, kept: Path, 
     digest = xxhash.xxh3_128((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
     assert merge["outputs"] == {"model.safetensors": digest}
     assert merge["inputs"].keys() == {"./base", "./expert-a", "./expert-b", "./expert-c"}
+    assert (merge["method"], merge["parameters"], merge["random_seed"]) == ("task_arithmetic", {}, None)
+    assert merge["lambda"] == result.scale
 
 
 def test_the_model_card_is_one(untrained: FamilyFiles, kept: Path, tmp_path: Path) -> None:
@@ -511,3 +514,183 @@ def test_unknown_settings_of_coefficients_are_recipe_errors(
     assert sm.coefficients(profiles, alignment, preset="paper-tables").total == 1.0
     with pytest.raises(RecipeError):
         sm.coefficients(profiles, alignment, **{key: value})
+
+
+# mergekit's recipes
+
+
+def written(family: FamilyFiles, path: Path, text: str) -> Recipe:
+    """The recipe `text` beside the family's folders, loaded."""
+    file = family.folder / path.name
+    file.write_text(text)
+    return sm.load_recipe(file)
+
+
+def test_layers_stacked_from_two_models_load_and_run(untrained: FamilyFiles, tmp_path: Path) -> None:
+    recipe = written(
+        untrained,
+        tmp_path / "franken.yml",
+        """\
+merge_method: passthrough
+slices:
+  - sources: [{model: expert-a, layer_range: [0, 3]}]
+  - sources: [{model: expert-b, layer_range: [1, 4], parameters: {scale: [{filter: o_proj, value: 0}, {value: 1}]}}]
+""",
+    )
+    sm.merge(recipe, tmp_path / "out")
+    merged, a, b = weights(tmp_path / "out"), weights(untrained.experts[0]), weights(untrained.experts[1])
+    for block, (source, number) in enumerate([(a, 0), (a, 1), (a, 2), (b, 1), (b, 2), (b, 3)]):
+        for inner in ("self_attn.q_proj", "mlp.down_proj", "input_layernorm"):
+            expected = source[f"model.layers.{number}.{inner}.weight"]
+            assert torch.equal(merged[f"model.layers.{block}.{inner}.weight"], expected)
+    assert not merged["model.layers.4.self_attn.o_proj.weight"].any()
+    assert torch.equal(merged["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+    assert torch.equal(merged["model.norm.weight"], b["model.norm.weight"])
+    assert torch.equal(merged["lm_head.weight"], b["lm_head.weight"])
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.num_hidden_layers == 6
+    assert torch.isfinite(model(torch.tensor([[0, 5, 7]])).logits).all()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "layers 0 to 2 of the result: `expert-a` layers 0 to 2" in card
+    assert "layers 3 to 5 of the result: `expert-b` layers 1 to 3" in card
+    assert "weight 1" not in card
+    assert "λ" not in card
+
+
+SLICED = """\
+merge_method: ties
+base_model: base
+parameters: {density: [0.4, 0.9], lambda: [0.5, 1]}
+"""
+WHOLE = "models: [{model: expert-a, parameters: {weight: [0, 1]}}, {model: expert-b}]\n"
+SLICES = """\
+slices:
+  - sources:
+      - {model: expert-b, layer_range: [0, 4]}
+      - {model: base, layer_range: [0, 4]}
+      - {model: expert-a, layer_range: [0, 4], parameters: {weight: [0, 1]}}
+"""
+
+
+def test_one_slice_of_all_layers_is_a_merge_of_whole_models(untrained: FamilyFiles, tmp_path: Path) -> None:
+    sm.merge(written(untrained, tmp_path / "whole.yml", SLICED + WHOLE), tmp_path / "whole")
+    sm.merge(written(untrained, tmp_path / "slices.yml", SLICED + SLICES), tmp_path / "slices")
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "slices" / file).read_bytes(), file
+
+
+def test_sens_with_slices(untrained: FamilyFiles, kept: Path, tmp_path: Path) -> None:
+    """Uniform coefficients are a plain merge of slices; others are those of the layers that the blocks come from."""
+    text = """\
+merge_method: task_arithmetic
+base_model: ./base
+sens: {SENS}
+slices:
+  - sources:
+      - {model: ./expert-a, layer_range: [0, 3], sens: {data: calibration-0.jsonl}}
+      - {model: ./expert-b, layer_range: [0, 3], sens: {data: calibration-1.jsonl}}
+  - sources:
+      - {model: ./expert-b, layer_range: [2, 4]}
+      - {model: ./expert-a, layer_range: [2, 4]}
+"""
+    plain = text.replace("sens: {SENS}\n", "").replace(", sens: {data: calibration-0.jsonl}", "")
+    plain = plain.replace(", sens: {data: calibration-1.jsonl}", "")
+    sm.merge(written(untrained, tmp_path / "plain.yml", plain), tmp_path / "plain")
+    uniform = text.replace("SENS", "rule: uniform")
+    sm.merge(
+        written(untrained, tmp_path / "uniform.yml", uniform), tmp_path / "uniform", profiles_dir=tmp_path / "kept"
+    )
+    assert_same_bits(weights(tmp_path / "plain"), weights(tmp_path / "uniform"))
+    sharp = written(untrained, tmp_path / "sharp.yml", text.replace("SENS", "temperature: 0.05"))
+    result = sm.merge(sharp, tmp_path / "sharp", profiles_dir=tmp_path / "kept")
+    assert result.coefficients is not None
+    base, a, b = (weights(folder) for folder in (untrained.base, *untrained.experts[:2]))
+    merged = weights(tmp_path / "sharp")
+    for block, layer in enumerate([0, 1, 2, 2, 3]):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        wa, wb = (row[layer] for row in result.coefficients.weights)
+        expected = base[name] + wa * (a[name] - base[name]) + wb * (b[name] - base[name])
+        torch.testing.assert_close(merged[f"model.layers.{block}.mlp.up_proj.weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_number_of_threads_changes_no_byte(untrained: FamilyFiles, tmp_path: Path, jobs: int) -> None:
+    recipe = written(untrained, tmp_path / f"jobs-{jobs}.yml", SLICED + WHOLE)
+    one = sm.merge(recipe, tmp_path / "one").hashes
+    assert sm.merge(recipe, tmp_path / "other", jobs=jobs).hashes == one
+
+
+def test_another_seed_draws_otherwise(untrained: FamilyFiles, tmp_path: Path) -> None:
+    text = "merge_method: dare_linear\nbase_model: base\nmodels: [{model: expert-a}]\nparameters: {density: 0.5, seed: 3}\n"
+    recipe = written(untrained, tmp_path / "seed.yml", text)
+    hashes = [sm.merge(recipe, tmp_path / str(seed), seed=seed).hashes["model.safetensors"] for seed in (None, 3, 4)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    records = [json.loads((tmp_path / name / "sensmerge" / "merge.json").read_text()) for name in ("None", "4")]
+    assert [record["random_seed"] for record in records] == [3, 4]
+    assert records[0]["parameters"] == {"density": 0.5, "seed": 3}
+    with pytest.raises(RecipeError, match="takes no random seed"):
+        sm.merge(written(untrained, tmp_path / "none.yml", SLICED + WHOLE), tmp_path / "none", seed=1)
+
+
+def test_other_tokens_are_refused_before_anything_is_read(untrained: FamilyFiles, tmp_path: Path) -> None:
+    path = damaged_copy(untrained, tmp_path / "models", put_nan)
+    file = tmp_path / "models" / "expert-b" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    token = next(token for token, place in tokenizer["model"]["vocab"].items() if place == 7)
+    tokenizer["model"]["vocab"]["new"] = tokenizer["model"]["vocab"].pop(token)
+    file.write_text(json.dumps(tokenizer))
+    for action in (sm.merge, dry_run):
+        with pytest.raises(IncompatibleModelsError, match="tokenizers of these models differ") as caught:
+            action(sm.load_recipe(path), tmp_path / "out")
+        assert "'new'" in caught.value.why
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_that_the_recipe_names(untrained: FamilyFiles, tmp_path: Path) -> None:
+    """The tokens are the same; the template and settings beside them are that model's."""
+    path = damaged_copy(untrained, tmp_path / "models", lambda tensors: None)
+    (tmp_path / "models" / "expert-b" / "chat_template.jinja").write_text("{{ messages }}")
+    for added, found in (("", False), ("tokenizer_source: base\n", False), ("tokenizer: {source: expert-b}\n", True)):
+        again = path.with_name("again.yml")
+        again.write_text(path.read_text() + added)
+        sm.merge(sm.load_recipe(again), tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / "chat_template.jinja").exists() is found
+    again.write_text(path.read_text() + "chat_template: auto\n")
+    with pytest.raises(IncompatibleModelsError, match="unlike chat templates"):
+        sm.merge(sm.load_recipe(again), tmp_path / "auto")
+
+
+def test_the_card_says_what_the_method_has(untrained: FamilyFiles, tmp_path: Path) -> None:
+    slerp = "merge_method: slerp\nbase_model: base\nmodels: [{model: expert-a}]\nparameters: {t: [0, 1]}\n"
+    sm.merge(written(untrained, tmp_path / "slerp.yml", slerp), tmp_path / "slerp")
+    card = (tmp_path / "slerp" / "README.md").read_text()
+    assert "Method `slerp` on the base `base`. Models:" in card
+    assert "- `expert-a`\n" in card
+    assert json.loads((tmp_path / "slerp" / "sensmerge" / "merge.json").read_text())["lambda"] is None
+    sm.merge(written(untrained, tmp_path / "ties.yml", SLICED + WHOLE), tmp_path / "ties")
+    card = (tmp_path / "ties" / "README.md").read_text()
+    assert "λ = 0.75, differs between tensors. Models:" in card
+    assert "- `expert-a` (weight 0.5, differs between tensors)\n- `expert-b` (weight 1)\n" in card
+
+
+def test_coefficients_that_mean_nothing_to_a_recipe_are_refused(
+    untrained: FamilyFiles, kept: Path, tmp_path: Path
+) -> None:
+    """Handed over in Python, they pass by the checks of a recipe's own `sens:`."""
+    profiles, alignment = sm.calibrate(recipe_of(untrained, tmp_path / "known.yml", sens={}), profiles_dir=kept)
+    given = sm.coefficients(profiles, alignment)
+    models = "models: [{model: ./expert-a}, {model: ./expert-b}, {model: ./expert-c}]\n"
+    for text, words in (
+        ("merge_method: model_stock\nbase_model: ./base\n" + models, "does not work with `sens:`"),
+        ("merge_method: linear\n" + models, "needs a base model"),
+        (
+            "merge_method: linear\nbase_model: ./base\nslices:\n- sources: [{model: ./expert-a, layer_range: [0, 2]},"
+            " {model: ./expert-b, layer_range: [0, 2]}, {model: ./expert-c, layer_range: [1, 3]}]\n",
+            "slices of unlike ranges",
+        ),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            sm.merge(written(untrained, tmp_path / "given.yml", text), tmp_path / "out", coefficients=given)
+        assert words in caught.value.what

@@ -66,6 +66,33 @@ def _block(name: str, prefix: str | None) -> str | None:
     return (f"{prefix}.{number}" if prefix else number) if _is_number(number) else None
 
 
+@dataclass(frozen=True)
+class Stack:
+    """The blocks of a checkpoint: what stands before their numbers (None without blocks), and the numbers as written, in order."""
+
+    prefix: str | None
+    numbers: tuple[str, ...]
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """The block's number in a name and what follows it (with its dot); None for a name outside the blocks."""
+        block = _block(name, self.prefix)
+        if block is None:
+            return None
+        return block[len(self.prefix) + 1 if self.prefix else 0 :], name[len(block) :]
+
+    def join(self, number: str, inner: str) -> str:
+        """The name whose parts `split` gives."""
+        return f"{self.prefix}.{number}{inner}" if self.prefix else f"{number}{inner}"
+
+
+def stack_of(names: Iterable[str]) -> Stack:
+    """The blocks of a checkpoint with these tensor names."""
+    names = list(names)
+    bare = Stack(_stack_prefix(names), ())
+    numbers = {parts[0] for name in names if (parts := bare.split(name)) is not None}
+    return Stack(bare.prefix, tuple(sorted(numbers, key=natural_key)))
+
+
 def role_outside(name: str) -> Role:
     """The role of a tensor that lies in no block: embed, final_norm, lm_head or other."""
     return next((role for role, pattern in _ROLES if pattern.search(name)), "other")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import IncompatibleModelsError, InputFileError
 from ..records import TensorSpec
@@ -63,6 +65,9 @@ class TensorSource(Protocol):
     def read(self, name: str, start: int, count: int) -> Raw:
         """`count` elements of tensor `name` from element `start` on, flat, in the stored dtype (BF16 as uint16 bits)."""
 
+    def read_into(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` with the bytes of tensor `name` from element `start` on; may be called from several threads at once."""
+
 
 class ModelFolder:
     """A Hugging Face checkpoint folder: config.json and safetensors, in one file or in shards with an index.
@@ -78,6 +83,7 @@ class ModelFolder:
         self._stored = {tensor.spec.name: tensor for tensor in self._find_tensors()}
         self.tensors: Mapping[str, TensorSpec] = {name: stored.spec for name, stored in self._stored.items()}
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -100,8 +106,14 @@ class ModelFolder:
         stored = self._stored[name]
         dtype = stored.spec.dtype
         item = ITEM_SIZES[dtype]
-        data = self._pread(stored, start * item, count * item)
+        data = bytearray(count * item)
+        self._pread(stored, start * item, memoryview(data))
         return np.frombuffer(data, dtype=FLOATS.get(dtype, np.dtype(f"V{item}")))
+
+    def read_into(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """See TensorSource. Raises InputFileError if the file has become shorter, KeyError for an unknown tensor."""
+        stored = self._stored[name]
+        self._pread(stored, start * ITEM_SIZES[stored.spec.dtype], out.data)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over sorted (name, dtype, shape, 16 evenly spaced 4 KiB blocks): the model's identity.
@@ -114,37 +126,42 @@ class ModelFolder:
             stored = self._stored[name]
             digest.update(json.dumps([name, stored.spec.dtype, list(stored.spec.shape)]).encode())
             for offset, size in _evenly_spaced_blocks(stored.size):
-                digest.update(self._pread(stored, offset, size))
+                block = bytearray(size)
+                self._pread(stored, offset, memoryview(block))
+                digest.update(block)
         return digest.hexdigest()
 
-    def _pread(self, stored: StoredTensor, offset: int, size: int) -> bytearray:
+    def _pread(self, stored: StoredTensor, offset: int, view: memoryview) -> None:
         descriptor = self._open(stored.file)
-        buffer = bytearray(size)
-        view, done = memoryview(buffer), 0
-        while done < size:
+        done = 0
+        while done < len(view):
             got = os.preadv(descriptor, [view[done:]], stored.offset + offset + done)
             if got == 0:
                 raise InputFileError(
                     "this file has become shorter while it was read",
                     where=f"{stored.file}, tensor '{stored.spec.name}'",
-                    why=f"{size - done} bytes at {stored.offset + offset + done} are missing",
+                    why=f"{len(view) - done} bytes at {stored.offset + offset + done} are missing",
                     fix="restore the file and run the command again",
                 )
             done += got
-        return buffer
 
     def _open(self, file: Path) -> int:
-        if file not in self._descriptors:
-            try:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-            except OSError as error:
-                raise InputFileError(
-                    "cannot open this file of the model any more",
-                    where=str(file),
-                    why=str(error),
-                    fix="restore the file and run the command again",
-                ) from error
-        return self._descriptors[file]
+        descriptor = self._descriptors.get(file)
+        if descriptor is not None:
+            return descriptor
+        # Two threads that open one file at once must not lose a descriptor.
+        with self._opening:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise InputFileError(
+                        "cannot open this file of the model any more",
+                        where=str(file),
+                        why=str(error),
+                        fix="restore the file and run the command again",
+                    ) from error
+            return self._descriptors[file]
 
     def _read_config(self) -> dict[str, Any]:
         config = self.path / "config.json"

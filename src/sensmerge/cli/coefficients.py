@@ -48,7 +48,8 @@ def coefficients(
 ) -> None:
     """Show the coefficients of a recipe; measures only what was not measured before."""
     from ..pipeline import weigh
-    from ..recipe import load_recipe, with_settings
+    from ..recipe import load_recipe
+    from ..sens_block import with_settings
 
     changes = {
         "rule": rule,

@@ -42,17 +42,22 @@ def merge(
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the merge is complete.")] = False,
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest output file.")] = "5GB",
+    jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", min=1, help="Threads [one for each core].")] = None,
+    random_seed: Annotated[
+        int | None, typer.Option("--random-seed", metavar="N", help="Seed of a method that draws at random.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge models; calibrates first if the recipe has a `sens:` block and was not calibrated before."""
     from .. import pipeline
+    from ..methods import METHODS
     from ..recipe import load_recipe
 
     loaded = load_recipe(recipe)
     shard_bytes = parse_size(shard_size)
     if dry_run:
-        plan = pipeline.dry_run(loaded, out, overwrite=overwrite, shard_bytes=shard_bytes)
+        plan = pipeline.dry_run(loaded, out, overwrite=overwrite, shard_bytes=shard_bytes, seed=random_seed)
         facts = {
             "method": plan.method,
             "base": plan.base,
@@ -65,19 +70,29 @@ def merge(
         if as_json:
             print_json(facts)
             return
-        print(f"{plan.method} of {', '.join(plan.models)} on {plan.base}: {len(plan.tensors)} tensors fit together")
+        others = ", ".join(model for model in plan.models if model != plan.base)
+        on = f" on {plan.base}" if plan.base else ""
+        print(f"{plan.method} of {others}{on}: {len(plan.tensors)} tensors fit together")
         print(
             f"reads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} in {len(plan.shards)} file(s) to {out}"
         )
         return
     result = pipeline.merge(
-        loaded, out, profiles_dir=profiles, device=device, overwrite=overwrite, shard_bytes=shard_bytes
+        loaded,
+        out,
+        profiles_dir=profiles,
+        device=device,
+        overwrite=overwrite,
+        shard_bytes=shard_bytes,
+        jobs=jobs,
+        seed=random_seed,
     )
+    has_scale = METHODS.get(result.plan.method, where="merge_method").adds
     if as_json:
         print_json(
             {
                 "folder": str(result.folder),
-                "lambda": result.scale,
+                "lambda": result.scale if has_scale else None,
                 "spread": None if result.coefficients is None else result.coefficients.spread,
                 "warnings": [] if result.coefficients is None else result.coefficients.warnings,
                 "files": dict(result.hashes),
@@ -90,4 +105,5 @@ def merge(
         from .coefficients import show
 
         show(result.coefficients)
-    print(f"merged into {out}: {_size(result.plan.bytes_written)} in {result.seconds:.1f} s, lambda = {result.scale:g}")
+    scale = f", lambda = {result.scale:g}" if has_scale else ""
+    print(f"merged into {out}: {_size(result.plan.bytes_written)} in {result.seconds:.1f} s{scale}")

@@ -1,43 +1,61 @@
-"""Writing all shards of a plan into an open staging folder, a tile at a time: memory does not grow with the model."""
+"""Running a plan: into the shards of an open staging folder, or into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import progress
 from ..checkpoints.source import TensorSource
-from ..checkpoints.writer import ShardWriter, write_index
+from ..checkpoints.writer import write_index
 from ..methods import METHODS
 from ..plan import shards_of
 from ..records import MergePlan
-from .tiles import tensor_tiles, tiles_of
+from .engine import run_plan
+from .sinks import FileSink, MemorySink
+from .tiles import CHUNK_BYTES
 
 
 def execute(
-    plan: MergePlan, base: TensorSource | None, experts: Sequence[TensorSource], folder: Path
+    plan: MergePlan,
+    readers: Mapping[str, TensorSource],
+    folder: Path,
+    *,
+    jobs: int | None = None,
+    device: str = "cpu",
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, str]:
-    """Write the plan's shards (and index) into `folder`; `experts` in the plan's order. Returns XXH3-128 (hex) by file.
+    """Write the plan's shards (and index) into `folder`; `readers` by `model:` string. Returns XXH3-128 (hex) by file.
 
-    Raises NonFiniteError, InputFileError, ResourceError; the folder then holds partial files and is for deletion. Memory: K + 2
-    tiles of 1 MiB. Cost: one read of every input byte, one write of every output byte.
+    `jobs` threads (default: one for each core) give the same bytes as one, and so does any `chunk_bytes`. Raises NonFiniteError,
+    InputFileError, ResourceError; the folder then holds partial files and is for deletion. Cost: one read of every input byte
+    and one write of every output byte; where a method needs passes, what does not fit a buffer of 48 MiB is read again. Memory:
+    about 2 MiB for each thread, and that buffer; a method of whole tensors holds those.
     """
-    method = METHODS.get(plan.method, where="merge_method")
-    tensors = {tensor.spec.name: tensor for tensor in plan.tensors}
-    hashes: dict[str, str] = {}
     shards = shards_of(plan)
+    method = METHODS.get(plan.method, where="merge_method")
     with progress.task("merging", sum(tensor.spec.elements for tensor in plan.tensors)) as advance:
-        for shard in shards:
-            writer = ShardWriter(folder, shard)
-            try:
-                for spec in shard.tensors:
-                    tile = tensor_tiles(plan, method, tensors[spec.name], base, experts)
-                    for start, count in tiles_of(tensors[spec.name]):
-                        writer.append(tile(start, count))
-                        advance(count)
-                hashes[shard.file] = writer.close()
-            except BaseException:
-                writer.abandon()
-                raise
+        sink = FileSink(folder, shards, method, advance)
+        try:
+            run_plan(plan, readers, sink, jobs=jobs, chunk_bytes=chunk_bytes, device=device)
+        except BaseException:
+            sink.abandon()
+            raise
+        hashes = sink.close()
     write_index(folder, shards)
     return hashes
+
+
+def updates(
+    plan: MergePlan, readers: Mapping[str, TensorSource], names: set[str], *, jobs: int | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """The method's result for the tensors in `names`, float32, flat: the update before λ of a method that adds.
+
+    The same numbers that `execute` would scale, add and round. Memory: the result.
+    """
+    sink = MemorySink([tensor for tensor in plan.tensors if tensor.spec.name in names])
+    run_plan(plan, readers, sink, jobs=jobs, names=names)
+    return sink.values

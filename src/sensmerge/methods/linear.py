@@ -7,36 +7,60 @@ from the base, and at c_i = 1 the base drops out exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from .method import Method, Tile, weighted_sum
+from .kernel import kernel
+from .method import Call, Method, Numbers, Steps
+from .option import WEIGHT, normalize
 
 
-def combine(
-    base: Tile | None, experts: Sequence[Tile], w: Sequence[float], c: Sequence[float], options: Mapping[str, object]
-) -> Tile:
-    """The merged tile, float32 [n]; without `normalize` it is not divided by Σ w_i."""
-    factors = [wi * ci for wi, ci in zip(w, c, strict=True)]
-    total = weighted_sum(experts, factors)
-    remainder = math.fsum([*w, *(-factor for factor in factors)])
-    if remainder != 0.0:
-        if base is None:
-            raise ValueError("linear with coefficients needs a base")
-        total += base * np.float32(remainder)
-    if options["normalize"]:
-        total /= np.float32(math.fsum(w))
-    return total
+@kernel
+def average(n: int, first: int, columns: int, base: Any, x: Any, experts: Any, groups: Any, out: Any) -> None:
+    """out = (Σ experts[k, 0] · θ_k + groups[0, 1] · θ_0) / groups[0, 0]; a remainder of zero leaves the base unread."""
+    factor = np.float32(experts[0, 0])
+    row = x[0]
+    for i in range(n):
+        out[i] = row[i] * factor
+    for k in range(1, x.shape[0]):
+        factor = np.float32(experts[k, 0])
+        row = x[k]
+        for i in range(n):
+            out[i] += row[i] * factor
+    if groups[0, 1] != 0.0:
+        factor = np.float32(groups[0, 1])
+        for i in range(n):
+            out[i] += base[i] * factor
+    if groups[0, 0] != 1.0:
+        divisor = np.float32(groups[0, 0])
+        for i in range(n):
+            out[i] /= divisor
+
+
+def steps(call: Call) -> Steps:
+    """One weighted sum."""
+    factors = [w * c for w, c in zip(call.weights, call.coefficients, strict=True)]
+    remainder = math.fsum([*call.weights, *(-factor for factor in factors)])
+    divisor = math.fsum(call.weights) if call.options["normalize"] else 1.0
+    if remainder != 0.0 and not call.has_base:
+        raise ValueError("linear with coefficients needs a base")
+
+    def numbers(results: Sequence[Any]) -> tuple[Numbers, Numbers]:
+        return np.array([[factor] for factor in factors]), np.array([[divisor, remainder]])
+
+    return Steps(average, numbers)
 
 
 METHOD = Method(
     name="linear",
     summary="weighted average of the models",
     citation="Wortsman et al., Model soups, arXiv 2203.05482",
-    needs_base=False,
-    adds=False,
+    steps=steps,
+    options=(WEIGHT, normalize(True)),
+    base="member",
+    vectors="never",
     takes_sens=True,
-    options={"normalize": True},
-    combine=combine,
+    check=Call.divides_by_zero,
 )

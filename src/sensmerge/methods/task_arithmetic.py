@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-
-import numpy as np
-
-from .method import Method, Tile, weighted_sum
+from .method import Call, Method, Steps
+from .option import INT8_MASK, WEIGHT, normalize
+from .task_vectors import task_vector_steps
 
 
-def combine(
-    base: Tile | None, experts: Sequence[Tile], w: Sequence[float], c: Sequence[float], options: Mapping[str, object]
-) -> Tile:
-    """The update Σ w_i c_i δ_i, float32 [n]; with `normalize`, divided by Σ w_i (never by the coefficients)."""
-    if base is None:
-        raise ValueError("task arithmetic needs a base")
-    update = weighted_sum([expert - base for expert in experts], [wi * ci for wi, ci in zip(w, c, strict=True)])
-    if options["normalize"]:
-        update /= np.float32(math.fsum(w))
-    return update
+def steps(call: Call) -> Steps:
+    """The update is Σ w c δ; with `normalize`, divided by Σ w."""
+    return task_vector_steps(call, election=False)
 
 
 METHOD = Method(
     name="task_arithmetic",
     summary="base + lambda * sum of weighted task vectors",
     citation="Ilharco et al., Editing Models with Task Arithmetic, arXiv 2212.04089",
-    needs_base=True,
+    steps=steps,
+    options=(WEIGHT, normalize(False), INT8_MASK),
     adds=True,
     takes_sens=True,
-    options={"normalize": False},
-    combine=combine,
+    check=Call.divides_by_zero,
 )

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..recipe import checked_setting, settings_of
 from ..records import Alignment, Coefficients, MergePlan, Recipe, SensitivityProfile, SensSettings
 from ..registry import unknown_name
 from ..rules.compute import compute
 from ..rules.presets import preset
+from ..sens_block import checked_setting, settings_of
 from .calibrating import Calibration, calibrate_models, profiles_folder
-from .merging import SHARD_BYTES, MergeResult, check_output, merge, versions
+from .companions import output_model_config
+from .merging import SHARD_BYTES, MergeResult, check_output, check_tokenizers, merge, seeded, versions
 from .models import expert_names, open_models
-from .weighing import coefficients_of, measurements, needs_calibration, sized
+from .weighing import coefficients_of, measurements, needs_calibration, preset_scale, sized
 
 # The keys of `sens:` that turn measurements into coefficients; the others decide what is measured.
 ARITHMETIC = ("preset", "rule", "temperature", "total", "axis", "direction", "other")
@@ -83,18 +84,29 @@ def weigh(recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str
     return result
 
 
-def dry_run(recipe: Recipe, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> MergePlan:
+def dry_run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    seed: int | None = None,
+) -> MergePlan:
     """What `merge` would write and read, from headers alone; coefficients and λ that are not measured yet count as 1.
 
-    Raises what `merge` raises for the recipe, the headers and the output; calibration data is not read.
+    Raises what `merge` raises for the recipe, the headers, the tokenizers and the output; calibration data is not read.
     """
     from ..plan import make_plan
 
+    recipe = seeded(recipe, seed)
     with open_models(recipe) as models:
         check_output(recipe, models, Path(out), profiles_folder(recipe), overwrite)
+        check_tokenizers(recipe, models)
         recipe = sized(recipe, models)
-        scale = recipe.lambda_ if isinstance(recipe.lambda_, float) else 1.0
-        return make_plan(recipe, models.base, models.experts, coefficients=None, scale=scale, shard_bytes=shard_bytes)
+        scale = 1.0 if recipe.lambda_ == "auto" else preset_scale(recipe)
+        plan = make_plan(recipe, models.readers, coefficients=None, scale=scale, shard_bytes=shard_bytes)
+        output_model_config(recipe, models)
+        return plan
 
 
 __all__ = ["MergeResult", "calibrate", "coefficients", "dry_run", "merge", "versions", "weigh"]

@@ -17,10 +17,10 @@ from ..checkpoints.formats import to_float32
 from ..checkpoints.source import ModelFolder, tokenizer_hashes
 from ..distances import DISTANCES
 from ..errors import CalibrationDataError, InputFileError
-from ..plan import check_same_tensors
-from ..recipe import settings_of
+from ..matching import check_same_tensors
 from ..records import Alignment, CalibrationSet, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
+from ..sens_block import settings_of
 from .models import RecipeModels, find_file, source_of
 
 if TYPE_CHECKING:
@@ -274,8 +274,7 @@ def calibrate_models(recipe: Recipe, models: RecipeModels, folder: Path, device:
     forward and backward passes over a task's samples, K(K-1) forward passes over two tasks' samples.
     """
     settings = settings_of(recipe)
-    donor = models.base or models.experts[0]
-    check_same_tensors(donor, [expert for expert in models.experts if expert is not donor])
+    check_same_tensors(models.donor, [expert for expert in models.experts if expert is not models.donor])
     _check_all_data(recipe)
     found = [_profile_or_samples(recipe, models, index, folder) for index in range(len(models.experts))]
     _check_vocabularies(models, found)

@@ -15,17 +15,22 @@ from pathlib import Path
 
 from .. import progress
 from ..checkpoints.families import group_tensors
-from ..checkpoints.source import TOKENIZER_FILES
-from ..checkpoints.writer import output_config, write_failure
+from ..checkpoints.vocabulary import check_same_chat_template, check_same_vocabulary
+from ..checkpoints.writer import write_failure
 from ..errors import OutputError, RecipeError
 from ..execution.run import execute
+from ..methods import METHODS
 from ..plan import make_plan
+from ..recipe import with_seed
 from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_atomically
 from ..report.model_card import model_card
 from ..rules.compute import applied
+from ..sens_block import check_coefficients_apply
+from ..settings import as_written, without_filters
 from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
+from .companions import output_model_config, tokenizer_donor, write_companions
 from .models import RecipeModels, named_files, open_models
-from .weighing import coefficients_of, needs_calibration, sized
+from .weighing import coefficients_of, needs_calibration, preset_scale, sized
 
 SHARD_BYTES = 5_000_000_000
 VERSIONED = ("sensmerge", "numpy", "torch", "transformers", "safetensors")
@@ -94,6 +99,18 @@ def check_output(recipe: Recipe, models: RecipeModels, out: Path, folder: Path, 
         )
 
 
+def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
+    """All models share one vocabulary, and where the recipe asks for it one template; raises IncompatibleModelsError."""
+    check_same_vocabulary(models.all)
+    if recipe.chat_template == "auto":
+        check_same_chat_template(models.all, tokenizer_donor(recipe, models))
+
+
+def seeded(recipe: Recipe, seed: int | None) -> Recipe:
+    """`recipe` with another seed of its method's draws, if one is given. Raises RecipeError where nothing is drawn."""
+    return recipe if seed is None else with_seed(recipe, seed)
+
+
 @contextmanager
 def staging_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
@@ -145,10 +162,10 @@ def _tuned_scale(
     assert models.base is not None
     assert recipe.sens is not None
     inputs = hash_of(
-        "scale 1",
+        "scale 2",
         coefficients.inputs,
         plan.method,
-        dict(plan.options),
+        [[each.spec.name, each.weights, dict(each.options), dict(each.per_model)] for each in plan.tensors],
         models.base.fingerprint(),
         [profile.inputs for profile in calibration.profiles],
         recipe.sens.compute_dtype,
@@ -160,9 +177,8 @@ def _tuned_scale(
         return kept  # type: ignore[no-any-return]
     scale = choose_scale(
         plan,
-        models.base,
+        models.readers,
         models.base.path,
-        [models.experts[index] for index in plan.order],
         {name: calibration_set(profile) for name, profile in zip(models.names, calibration.profiles, strict=True)},
         device=choose_device(device),
         compute_dtype=recipe.sens.compute_dtype,
@@ -173,7 +189,8 @@ def _tuned_scale(
 
 
 def _check_given(given: Coefficients, recipe: Recipe, models: RecipeModels) -> None:
-    """Coefficients handed to `merge` must be of these models, in this order; raises RecipeError otherwise."""
+    """Coefficients handed to `merge` must be of these models, in this order, and mean something; raises RecipeError otherwise."""
+    check_coefficients_apply(recipe, METHODS.get(recipe.merge_method, where=recipe.where()))
     if list(given.models) != list(models.names):
         raise RecipeError(
             "these coefficients belong to other models",
@@ -182,12 +199,13 @@ def _check_given(given: Coefficients, recipe: Recipe, models: RecipeModels) -> N
             fix="compute them from this recipe's profiles, in the recipe's order",
         )
     group = "block" if recipe.sens is None else recipe.sens.group
-    if models.base is None or list(group_tensors(models.base.tensors, group).layers) != list(given.layers):
+    assert models.base is not None
+    if list(group_tensors(models.base.tensors, group).layers) != list(given.layers):
         raise RecipeError(
             "these coefficients do not fit this recipe",
             where=recipe.where(),
             why="they multiply task vectors from a base, one number for each group of the recipe's granularity",
-            fix="compute them from this recipe's own profiles (`group:` must be the same), and name a base_model",
+            fix="compute them from this recipe's own profiles (`group:` must be the same)",
         )
 
 
@@ -196,13 +214,12 @@ def _prepare(
 ) -> _Prepared:
     recipe = sized(recipe, models)
 
-    def plan_with(coefficients: Coefficients | None, scale: float) -> MergePlan:
-        return make_plan(
-            recipe, models.base, models.experts, coefficients=coefficients, scale=scale, shard_bytes=shard_bytes
-        )
+    def plan_with(coefficients: Coefficients | None, scale: float | None) -> MergePlan:
+        return make_plan(recipe, models.readers, coefficients=coefficients, scale=scale, shard_bytes=shard_bytes)
 
     # Models that do not fit together are refused before anything is measured.
-    plan_with(None, 1.0)
+    plan_with(None, preset_scale(recipe))
+    output_model_config(recipe, models)
     calibration, coefficients, record = None, None, None
     scale = 1.0 if recipe.lambda_ is None else recipe.lambda_
     if recipe.sens is not None and needs_calibration(recipe):
@@ -217,21 +234,11 @@ def _prepare(
         assert calibration is not None
         assert coefficients is not None
         record = _tuned_scale(recipe, models, calibration, coefficients, plan_with(coefficients, 1.0), folder, device)
-        scale = record.lambda_
-        coefficients = applied(coefficients, coefficients.w, scale)
+        coefficients = applied(coefficients, coefficients.w, record.lambda_)
+    whole = preset_scale(recipe) if record is None else record.lambda_
     for warning in [] if coefficients is None else coefficients.warnings:
         progress.warning(warning)
-    return _Prepared(recipe, calibration, coefficients, record, plan_with(coefficients, scale))
-
-
-def _copy_companions(recipe: Recipe, models: RecipeModels, staging: Path) -> None:
-    """config.json with the output's dtype, generation_config.json and the tokenizer, from the base or else the first model."""
-    donor = models.base or models.experts[0]
-    config = output_config(donor.config, recipe.out_dtype or recipe.dtype)
-    (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (donor.path / name).is_file():
-            shutil.copyfile(donor.path / name, staging / name)
+    return _Prepared(recipe, calibration, coefficients, record, plan_with(coefficients, whole))
 
 
 def versions() -> dict[str, str]:
@@ -256,11 +263,14 @@ def _describe(
             prepared.calibration.alignment.save(records / "alignment.json")
     if prepared.scale_record is not None:
         prepared.scale_record.save(records / "scale.json")
+    method = METHODS.get(recipe.merge_method, where=recipe.where())
+    levels = [recipe.parameters, *(part.parameters for part in recipe.slices)]
     merge = {
-        "schema": 1,
+        "schema": 2,
         "method": recipe.merge_method,
-        "options": dict(prepared.plan.options),
-        "lambda": prepared.plan.scale,
+        "parameters": as_written(recipe.parameters),
+        "lambda": prepared.plan.scale if method.adds else None,
+        "random_seed": int(without_filters(levels, method.by_name["seed"]) or 0) if method.draws else None,
         "inputs": {model.label: model.fingerprint() for model in models.all},
         "outputs": dict(hashes),
         "versions": versions(),
@@ -281,24 +291,27 @@ def merge(
     device: str = "auto",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    jobs: int | None = None,
+    seed: int | None = None,
 ) -> MergeResult:
     """Merge the models of `recipe` into the folder `out`: a model that `transformers` loads, with all that explains it.
 
     Calibrates first where the recipe has a `sens:` block and no valid files exist in `profiles_dir` (default: `<recipe>.sens/`);
-    `coefficients` replaces the recipe's own rule. `out` is untouched until the merge is complete. Raises the errors of
+    `coefficients` replaces the recipe's own rule, `seed` that of a method that draws at random; `jobs` is the number of threads
+    (default: one for each core), which changes no byte. `out` is untouched until the merge is complete. Raises the errors of
     sensmerge.errors. Cost of the merge itself: one read of every input byte, one write of every output byte, constant memory.
     """
     started = time.monotonic()
     out = Path(out)
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
+    recipe = seeded(recipe, seed)
     with open_models(recipe) as models:
         check_output(recipe, models, out, folder, overwrite)
+        check_tokenizers(recipe, models)
         prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
         with staging_folder(out) as staging:
-            hashes = execute(
-                prepared.plan, models.base, [models.experts[index] for index in prepared.plan.order], staging
-            )
-            _copy_companions(recipe, models, staging)
+            hashes = execute(prepared.plan, models.readers, staging, jobs=jobs)
+            write_companions(recipe, models, staging)
             _describe(prepared, models, staging, hashes, time.monotonic() - started)
     return MergeResult(
         out, prepared.plan, prepared.coefficients, prepared.plan.scale, hashes, time.monotonic() - started

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from types import TracebackType
 from ..checkpoints.locate import locate
 from ..checkpoints.source import ModelFolder
 from ..errors import CalibrationDataError, RecipeError
+from ..matching import donor_of
+from ..methods import METHODS
 from ..records import Recipe, SensSource
 
 
@@ -29,11 +31,16 @@ def expert_names(models: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class RecipeModels:
-    """The open models of a recipe, experts in recipe order. Close it, or use it in a `with` block."""
+    """The open models of a recipe: experts in recipe order, and every model by its string. Close it, or use it in a `with` block.
+
+    `base` is the recipe's base_model; `donor` is where config and tokenizer come from: the base, else the first model.
+    """
 
     base: ModelFolder | None
     experts: tuple[ModelFolder, ...]
     names: tuple[str, ...]
+    readers: Mapping[str, ModelFolder]
+    donor: ModelFolder
 
     def __enter__(self) -> RecipeModels:
         return self
@@ -47,8 +54,8 @@ class RecipeModels:
 
     @property
     def all(self) -> tuple[ModelFolder, ...]:
-        """The base, if there is one, then the experts."""
-        return self.experts if self.base is None else (self.base, *self.experts)
+        """Every model once: the base, if there is one, then the experts, then bases of slices."""
+        return tuple(self.readers.values())
 
 
 def search_folders(recipe: Recipe) -> list[Path]:
@@ -57,27 +64,44 @@ def search_folders(recipe: Recipe) -> list[Path]:
 
 
 def open_models(recipe: Recipe) -> RecipeModels:
-    """Find and open every model of `recipe`; reads configs and headers. Raises InputFileError or IncompatibleModelsError."""
+    """Find and open every model of `recipe`; reads configs and headers.
+
+    Raises InputFileError or IncompatibleModelsError, RecipeError where two names lead to one folder.
+    """
     folders = search_folders(recipe)
-    base = None
-    if recipe.base_model is not None:
-        where = f"base_model in {recipe.where()}"
-        base = ModelFolder(locate(recipe.base_model, folders, where=where), recipe.base_model)
-    experts = tuple(
-        ModelFolder(locate(expert.model, folders, where=recipe.where(expert.line)), expert.model)
-        for expert in recipe.models
+    places = {} if recipe.base_model is None else {recipe.base_model: f"base_model in {recipe.where()}"}
+    for expert in recipe.models:
+        places.setdefault(expert.model, recipe.where(expert.line))
+    for part in recipe.slices:
+        if part.base_model is not None:
+            places.setdefault(part.base_model, recipe.where(part.line))
+    readers = {model: ModelFolder(locate(model, folders, where=where), model) for model, where in places.items()}
+    _check_one_name_each(recipe, readers, places)
+    return RecipeModels(
+        base=None if recipe.base_model is None else readers[recipe.base_model],
+        experts=tuple(readers[expert.model] for expert in recipe.models),
+        names=tuple(expert_names([expert.model for expert in recipe.models])),
+        readers=readers,
+        donor=donor_of(recipe, readers),
     )
-    seen = {} if base is None or recipe.merge_method == "linear" else {base.path: base.label}
-    for model, entry in zip(experts, recipe.models, strict=True):
-        if model.path in seen:
+
+
+def _check_one_name_each(recipe: Recipe, readers: Mapping[str, ModelFolder], places: Mapping[str, str]) -> None:
+    """No model is merged twice under two names, nor is a base that task vectors are taken from merged under another."""
+    member = METHODS.get(recipe.merge_method, where=recipe.where()).base == "member"
+    merged = {expert.model for expert in recipe.models}
+    seen: dict[Path, str] = {}
+    for model, reader in readers.items():
+        if member and model not in merged:
+            continue
+        if reader.path in seen:
             raise RecipeError(
-                f"'{model.label}' and '{seen[model.path]}' are one folder",
-                where=recipe.where(entry.line),
+                f"'{model}' and '{seen[reader.path]}' are one folder",
+                where=places[model],
                 why="each model counts once, and the base has no task vector",
                 fix="remove one of the two",
             )
-        seen[model.path] = model.label
-    return RecipeModels(base, experts, tuple(expert_names([expert.model for expert in recipe.models])))
+        seen[reader.path] = model
 
 
 def _places(recipe: Recipe, name: str) -> list[Path]:

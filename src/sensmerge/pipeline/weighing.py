@@ -10,12 +10,13 @@ import numpy as np
 
 from ..checkpoints.families import group_tensors
 from ..errors import InputFileError
-from ..recipe import settings_of
 from ..records import Alignment, Coefficients, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
 from ..rules.compute import Measurements, compute
 from ..rules.presets import PRESETS
 from ..rules.rule import Array
+from ..sens_block import settings_of
+from ..settings import LAMBDA
 from .calibrating import Calibration
 from .models import RecipeModels
 
@@ -86,10 +87,16 @@ def sized(recipe: Recipe, models: RecipeModels) -> Recipe:
     settings = recipe.sens
     if settings is None or not PRESETS[settings.preset].by_size:
         return recipe
-    donor = models.base or models.experts[0]
-    scale, temperature = PRESETS[settings.preset].for_size(donor.parameters)
+    scale, temperature = PRESETS[settings.preset].for_size(models.donor.parameters)
     sens = settings if settings.temperature is not None else replace(settings, temperature=temperature)
     return replace(recipe, sens=sens, lambda_=scale if recipe.lambda_ is None else recipe.lambda_)
+
+
+def preset_scale(recipe: Recipe) -> float | None:
+    """The λ that a preset chose for the whole merge; None where the recipe names its own, perhaps by tensor, or none at all."""
+    levels = (recipe.parameters, *(part.parameters for part in recipe.slices))
+    named = any(LAMBDA.name in level for level in levels)
+    return recipe.lambda_ if isinstance(recipe.lambda_, float) and not named else None
 
 
 def coefficients_of(recipe: Recipe, models: RecipeModels, calibration: Calibration | None) -> Coefficients:

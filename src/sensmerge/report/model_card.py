@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..records import Coefficients, Recipe
+from ..methods import METHODS, Method
+from ..methods.option import WEIGHT
+from ..records import Coefficients, Recipe, Settings
+from ..settings import LAMBDA
 
 # Parents are linked only where they are hub ids, and every model is read from a local folder: nothing to link.
 _FRONT_MATTER = (
@@ -27,12 +30,41 @@ def coefficient_table(coefficients: Coefficients) -> list[str]:
     return [header, rule, *rows]
 
 
+def _ingredients(recipe: Recipe, method: Method) -> list[str]:
+    """Markdown: the models, with their weights where the method has any, or the slices that were stacked."""
+    if not recipe.slices:
+        weighted = WEIGHT.name in method.by_name
+        return [
+            f"- `{expert.model}`"
+            + (f" (weight {expert.weight:g}{_varies(expert.parameters, WEIGHT.name)})" if weighted else "")
+            for expert in recipe.models
+        ]
+    lines, first = [], 0
+    for part in recipe.slices:
+        start, end = part.sources[0].layers
+        sources = ", ".join(f"`{each.model}` {_numbers(*each.layers)}" for each in part.sources)
+        lines.append(f"- {_numbers(first, first + end - start)} of the result: {sources}")
+        first += end - start
+    return lines
+
+
+def _numbers(first: int, end: int) -> str:
+    return f"layer {first}" if end - first == 1 else f"layers {first} to {end - 1}"
+
+
+def _varies(settings: Settings, name: str) -> str:
+    """What to say of a number that is not the same for every tensor."""
+    return ", differs between tensors" if isinstance(settings.get(name), tuple) else ""
+
+
 def model_card(recipe: Recipe, coefficients: Coefficients | None, scale: float) -> str:
-    """The card's text: what was merged, with which coefficients, and the recipe."""
+    """The card's text: what was merged, with which coefficients, and the recipe; `scale` is λ, told where the method has one."""
+    method = METHODS.get(recipe.merge_method, where=recipe.where())
     lines = [*_FRONT_MATTER, "", "# A merge made with sensmerge", ""]
     base = f" on the base `{recipe.base_model}`" if recipe.base_model else ""
-    lines += [f"Method `{recipe.merge_method}`{base}, λ = {scale:g}. Models:", ""]
-    lines += [f"- `{expert.model}` (weight {expert.weight:g})" for expert in recipe.models]
+    number = f", λ = {scale:g}{_varies(recipe.parameters, LAMBDA.name)}" if method.adds else ""
+    lines += [f"Method `{recipe.merge_method}`{base}{number}. {'Slices' if recipe.slices else 'Models'}:", ""]
+    lines += _ingredients(recipe, method)
     if coefficients is not None:
         lines += [
             "",

@@ -7,7 +7,7 @@ the best ± 0.05; ties go to the smaller λ.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from .. import progress
 from ..calibration.models import load_model, non_finite, out_of_memory_told
 from ..calibration.sensitivity import checkpoint_names, sample_loss
 from ..checkpoints.source import TensorSource
-from ..execution.tiles import combined, read_tiles, tiles_of
-from ..methods import METHODS
+from ..execution.run import updates
 from ..records import CalibrationSet, MergePlan, Scale
 
 GRID = tuple(round(0.1 * step, 2) for step in range(1, 16))
@@ -27,22 +26,6 @@ REFINEMENT = 0.05
 OBJECTIVE = "mean over tasks of the mean sample loss, in nats per loss token"
 # Tokens of a padded batch, so that the logits of one stay small.
 BATCH_TOKENS = 4096
-
-
-def merged_updates(
-    plan: MergePlan, base: TensorSource, experts: Sequence[TensorSource], names: set[str]
-) -> dict[str, Tensor]:
-    """The update of each tensor in `names` before λ, float32, flat; the same numbers that a merge to disk would scale and add."""
-    method = METHODS.get(plan.method, where="merge_method")
-    updates: dict[str, Tensor] = {}
-    for tensor in plan.tensors:
-        if tensor.spec.name in names:
-            parts = [
-                torch.from_numpy(combined(plan, method, tensor, *read_tiles(tensor, base, experts, start, count)))
-                for start, count in tiles_of(tensor)
-            ]
-            updates[tensor.spec.name] = torch.cat(parts)
-    return updates
 
 
 class ScaledModel:
@@ -102,9 +85,8 @@ def mean_loss(model: Any, samples: CalibrationSet, *, label: str) -> float:
 
 def choose_scale(
     plan: MergePlan,
-    base: TensorSource,
+    readers: Mapping[str, TensorSource],
     base_folder: Path,
-    experts: Sequence[TensorSource],
     tasks: Mapping[str, CalibrationSet],
     *,
     device: str,
@@ -113,12 +95,14 @@ def choose_scale(
 ) -> Scale:
     """The λ that minimises the calibration loss of the merged model; `tasks` maps each expert's name to its samples.
 
-    `plan` must belong to a method that adds; its own λ is not used. Cost: 17 forward passes over all samples.
+    `plan` must belong to a method that adds; its own λ is not used. `readers` are the models it reads, by `model:` string. Cost:
+    17 forward passes over all samples.
     """
     model = load_model(base_folder, device, compute_dtype)
     names = set(checkpoint_names(model, [tensor.spec.name for tensor in plan.tensors]).values())
     with out_of_memory_told("lambda: auto, which holds the base, a copy of it and the update"):
-        scaled = ScaledModel(model, merged_updates(plan, base, experts, names))
+        formed = updates(plan, readers, names)
+        scaled = ScaledModel(model, {name: torch.from_numpy(values) for name, values in formed.items()})
     tried: dict[float, list[float]] = {}
 
     def best() -> float:

@@ -1,0 +1,1 @@
+"""Measurements; results are kept as JSON with the machine they were made on."""

@@ -1,0 +1,1 @@
+"""What merging costs, over the floor of reading the inputs and writing the output."""

@@ -1,0 +1,56 @@
+"""Draws benchmarks/merging.json: wall time over the floor, and peak memory, by method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .recipes import TARGETS
+
+
+def draw(results: Path, out: Path) -> None:
+    """Two panels of horizontal bars: time over the floor at two sizes (and mergekit's), and memory above an idle process."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sensmerge"
+    from matplotlib import pyplot
+
+    record = json.loads(results.read_text())
+    found = [each for each in record["results"] if each["dtype"] == "BF16" and each["experts"] == 3]
+    sizes = sorted({each["parameters"] for each in found})
+    names = list(dict.fromkeys(each["setting"] for each in found))
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(11, 0.36 * len(names) + 1.8), sharey=True)
+    high = 0.8 / (len(sizes) + 1)
+    for number, size in enumerate(sizes):
+        rows: list[Any] = [
+            next((e for e in found if e["setting"] == n and e["parameters"] == size), None) for n in names
+        ]
+        places = [place + number * high for place, row in enumerate(rows) if row]
+        label = f"sensmerge, {size / 1e9:.1f} B parameters"
+        time.barh(places, [row["wall_over_floor"] for row in rows if row], high, label=label)
+        memory.barh(places, [row["peak_mib"] for row in rows if row], high, label=label)
+    theirs = [
+        (place, each) for place, n in enumerate(names) for each in found if each["setting"] == n and "mergekit" in each
+    ]
+    if theirs:
+        places = [place + len(sizes) * high for place, _ in theirs]
+        label = "mergekit, " + f"{sizes[0] / 1e9:.1f} B parameters"
+        time.barh(places, [each["mergekit_wall_over_floor"] for _, each in theirs], high, label=label, color="0.6")
+        memory.barh(places, [each["mergekit_peak_mib"] for _, each in theirs], high, label=label, color="0.6")
+    for place, name in enumerate(names):
+        if name in TARGETS:
+            time.plot([TARGETS[name]] * 2, [place - high / 2, place + 0.8 - high], color="black", lw=1.5)
+    time.axvline(1, color="0.3", lw=0.8, ls=":")
+    time.set_xscale("log")
+    memory.set_xscale("log")
+    time.set_yticks([place + high / 2 for place in range(len(names))], names)
+    time.invert_yaxis()
+    time.set_xlabel("wall time over the floor (black: what is promised)")
+    memory.set_xlabel("peak memory above an idle process, MiB")
+    time.legend(fontsize=7, loc="lower right")
+    machine = record["machine"]
+    figure.suptitle(f"Merging three experts in bfloat16, {machine['cores']} cores ({machine['cpu']})", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(out, metadata={"Date": None})

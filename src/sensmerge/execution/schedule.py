@@ -1,0 +1,134 @@
+"""Which worker does what next: units of work in file order, tensor after tensor, with a look ahead where a tensor must wait.
+
+A tensor goes through phases (its passes, then the merge), each made of units that may run side by side; a phase begins when the one
+before it is complete. While one worker finishes the last unit of a phase, the others begin with the next tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class Phase(Protocol):
+    """One phase of a tensor: `units` that any worker may do, and what happens when all are done."""
+
+    @property
+    def units(self) -> Sequence[tuple[int, int]]:
+        """(start, stop) of each unit."""
+
+    def work(self, worker: Any, unit: int) -> None:
+        """Do one unit; `worker` is what the thread owns."""
+
+    def finish(self) -> None:
+        """Called once, when all units are done, before the next phase begins."""
+
+
+@dataclass
+class _Open:
+    """A tensor that was begun."""
+
+    phases: Iterator[Phase]
+    phase: Phase
+    claimed: int = 0
+    done: int = 0
+
+
+@dataclass
+class Schedule:
+    """Hands out the units of many tensors; each tensor is an iterator of its phases, asked for the next when one is complete.
+
+    At most `ahead` tensors are begun at a time.
+    """
+
+    tensors: Iterable[Iterator[Phase]]
+    ahead: int
+    _open: list[_Open] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._waiting = iter(self.tensors)
+        self._changed = threading.Condition()
+        self._exhausted = False
+        self._stopped = False
+
+    def run(self, worker: object) -> None:
+        """Work until nothing is left, or until `stop`."""
+        while (claim := self._claim()) is not None:
+            tensor, unit = claim
+            tensor.phase.work(worker, unit)
+            self._finished(tensor)
+
+    def stop(self) -> None:
+        """Have every worker return after its unit."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _claim(self) -> tuple[_Open, int] | None:
+        with self._changed:
+            while not self._stopped:
+                for tensor in self._open:
+                    if tensor.claimed < len(tensor.phase.units):
+                        tensor.claimed += 1
+                        return tensor, tensor.claimed - 1
+                if len(self._open) < self.ahead and not self._exhausted:
+                    self._begin()
+                elif not self._open:
+                    return None
+                else:
+                    self._changed.wait()
+            return None
+
+    def _begin(self) -> None:
+        phases = next(self._waiting, None)
+        if phases is None:
+            self._exhausted = True
+        elif (phase := next(phases, None)) is not None:
+            self._open.append(_Open(phases, phase))
+
+    def _finished(self, tensor: _Open) -> None:
+        with self._changed:
+            tensor.done += 1
+            if tensor.done < len(tensor.phase.units):
+                return
+        # Nobody else holds or can claim a unit of this tensor now: others go on while its next phase is made.
+        tensor.phase.finish()
+        phase = next(tensor.phases, None)
+        with self._changed:
+            if phase is None:
+                self._open.remove(tensor)
+            else:
+                tensor.phase, tensor.claimed, tensor.done = phase, 0, 0
+            self._changed.notify_all()
+
+
+def run_in_threads(schedule: Schedule, workers: Sequence[object]) -> None:
+    """Run `schedule` with one thread for each worker; the first error stops all of them and is raised here."""
+    errors: list[BaseException] = []
+
+    def work(worker: object) -> None:
+        try:
+            schedule.run(worker)
+        except BaseException as error:
+            errors.append(error)
+            schedule.stop()
+
+    if len(workers) == 1:
+        schedule.run(workers[0])
+        return
+    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        # Interrupted: let the others come to the end of their unit before files are closed under them.
+        schedule.stop()
+        for thread in threads:
+            thread.join()
+        raise
+    if errors:
+        raise errors[0]

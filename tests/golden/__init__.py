@@ -1,0 +1,1 @@
+"""Merges that mergekit itself made of a tiny family, kept as numbers: `sensmerge` must give the same."""
