@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
 from sensmerge.experiments.tables import markdown
 from sensmerge.methods import METHODS
+from sensmerge.recipe import TOP_LEVEL, UNSUPPORTED
 from sensmerge.records import SensSettings
 from sensmerge.rules import RULES
 from sensmerge.rules.presets import PRESETS
@@ -47,6 +49,41 @@ def test_the_recipe_page_has_a_row_for_every_method() -> None:
             shown = f"*`{option.name}`* {default}" if option.per_model else f"`{option.name}` {default}"
             assert shown in rows[name], (name, option.name)
         assert ("`lambda`" in rows[name]) is method.adds
+
+
+def test_the_methods_page_has_a_section_for_every_method() -> None:
+    """With all its parameters, and whether `sens:` works with it."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", page, re.DOTALL | re.MULTILINE))
+    assert sorted(sections) == METHODS.names()
+    for name, section in sections.items():
+        method = METHODS.get(name, where="docs")
+        for option in method.options:
+            shown = f"*`{option.name}`*" if option.per_model else f" `{option.name}`"
+            assert shown in section, (name, option.name)
+        assert ("`lambda`" in section) is method.adds, name
+        assert ("`sens:`: yes" in section) is method.takes_sens, name
+        assert ("`sens:`: no" in section) is not method.takes_sens, name
+
+
+def test_the_python_of_the_methods_page_runs() -> None:
+    """But for the examples of methods, which tests/methods/test_plugin.py installs."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(?!# my_methods/)(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert (found["mask"].shape, found["mask"].dtype) == ((4, 6), bool)
+    assert 0 < found["mask"].sum() < 24
+
+
+def test_the_mergekit_page_names_every_key_and_method() -> None:
+    page = (ROOT / "docs" / "mergekit.md").read_text(encoding="utf-8")
+    for key in (*TOP_LEVEL, *UNSUPPORTED):
+        assert re.search(rf"`{key}[`:]", page), key
+    for name in METHODS.names():
+        assert f"`{name}`" in page, name
+        for option in METHODS.get(name, where="docs").options:
+            assert re.search(rf"`{option.name}[`:]", page), option.name
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from .tiles import CHUNK_BYTES, Bytes, TensorWork, Worker, divided
 
 # What all workers together keep of the chunks of tensors that are read more than once.
 KEPT_BYTES = 48 << 20
+# Elements of a tensor that is rather sorted than counted.
+SORTED = 1 << 16
 
 
 class ChunkStore:
@@ -129,22 +131,17 @@ class CountPhase:
         self.units = work.all_chunks
         self._work, self._step, self._store = work, step, store
         self._selection, self._fine, self._again = selection, fine, again
-        self._experts, self._groups = numbers(work, results)
+        self._numbers = numbers(work, results)
 
     def work(self, worker: Worker, unit: int) -> None:
         """Count one chunk."""
-        work, step = self._work, self._step
-        worker.fit(work, step.rows if step.measure is not None else 0)
+        work = self._work
+        worker.fit(work, _measured_rows(self._step))
         counter = self._selection.counter(worker)
         start, stop = self.units[unit]
         parts = self._store.read(work, worker, start, stop, again=self._again)
         for first, size in worker.tiles(work, start, stop, parts):
-            values = worker.x
-            if step.measure is not None:
-                values = worker.measured
-                step.measure(
-                    size, first, work.columns, worker.base, worker.x, self._experts, self._groups, work.keys, values
-                )
+            values = _measure(worker, work, self._step, self._numbers, first, size)
             if self._fine:
                 count_fine(size, values, self._selection.bins, counter.fine)
             else:
@@ -152,6 +149,48 @@ class CountPhase:
 
     def finish(self) -> None:
         """The selection adds up what the workers counted."""
+
+
+def _measured_rows(step: Ranks) -> int:
+    return 0 if step.measure is None else step.rows
+
+
+def _measure(
+    worker: Worker, work: TensorWork, step: Ranks, told: tuple[Numbers, Numbers], first: int, size: int
+) -> NDArray[np.float32]:
+    if step.measure is None:
+        return worker.x
+    step.measure(size, first, work.columns, worker.base, worker.x, *told, work.keys, worker.measured)
+    return worker.measured
+
+
+class SortPhase:
+    """A selection in a tensor that is small enough to be sorted."""
+
+    def __init__(self, work: TensorWork, step: Ranks, results: Sequence[Any], store: ChunkStore) -> None:
+        self.units = [(0, work.elements)]
+        self._work, self._step, self._store = work, step, store
+        self._numbers = numbers(work, results)
+        self.result = np.zeros((step.rows, 0), np.float32)
+
+    def work(self, worker: Worker, unit: int) -> None:
+        """Read, sort, select."""
+        work, step = self._work, self._step
+        worker.fit(work, _measured_rows(step))
+        sizes = np.empty((step.rows, work.elements), np.float32)
+        for start, stop in work.all_chunks:
+            parts = self._store.read(work, worker, start, stop, again=True)
+            for first, size in worker.tiles(work, start, stop, parts):
+                values = _measure(worker, work, step, self._numbers, first, size)
+                sizes[:, first : first + size] = np.abs(values[:, :size])
+        sizes.sort(axis=1)
+        places = np.array(step.places(work.elements, np.sum(sizes == 0, axis=1).tolist()), np.int64)
+        # One past the largest holds infinity.
+        ended = np.column_stack([sizes, np.full(step.rows, np.inf, np.float32)])
+        self.result = np.take_along_axis(ended, places, axis=1)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
 
 class MergePhase:
@@ -232,6 +271,10 @@ def phases(
             results.append(adding.result)
         elif step.everywhere:
             results.append(thresholds)
+        elif work.elements <= SORTED:
+            sorting = SortPhase(work, step, results, store)
+            yield sorting
+            results.append(sorting.result)
         else:
             selection = Selection(step.rows, counters)
             yield CountPhase(work, step, results, selection, store, fine=False)
