@@ -327,7 +327,8 @@ def load_recipe(path: str | Path) -> Recipe:
     recipe = Recipe(
         path=path,
         text=text,
-        merge_method=method.name,
+        # The name it was found by: an entry point may bear another than the method it holds.
+        merge_method=top.text("merge_method") or method.name,
         base_model=base,
         models=models,
         slices=slices,

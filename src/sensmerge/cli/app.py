@@ -79,6 +79,12 @@ def main() -> None:
             "stopped: nothing was overwritten; the same command starts again and re-uses what was measured",
             stopped.exit_code,
         )
+    except MemoryError as error:
+        fail(
+            f"there is not enough memory\n  where: {' '.join(sys.argv[:2])}\n  why:   {error or 'an allocation failed'}\n"
+            "  fix:   close other programs, or merge with fewer threads: --jobs 1",
+            6,
+        )
     except BrokenPipeError:
         # The reader of our output has gone (`sensmerge … | head`): not a failure worth a word.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,14 +30,18 @@ def run_plan(
     jobs: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     names: set[str] | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Merge the tensors of `plan` (those in `names`) and give every tile to `sink`.
 
-    `jobs` threads, one for each core by default. `device` is for methods of whole tensors. Raises NonFiniteError,
+    `jobs` threads, one for each core by default. `device` (auto, cpu, cuda) is for methods of whole tensors. Raises NonFiniteError,
     InputFileError, IncompatibleModelsError, and what the sink raises.
     """
     method = METHODS.get(plan.method, where="merge_method")
+    if method.whole is not None:
+        from ..calibration.models import choose_device
+
+        device = choose_device(device)
     workers = [Worker() for _ in range(jobs or cores())]
     floats = [tensor for tensor in plan.tensors if tensor.spec.dtype in FLOATS and tensor.spec.elements]
 

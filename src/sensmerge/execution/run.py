@@ -25,7 +25,7 @@ def execute(
     folder: Path,
     *,
     jobs: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, str]:
     """Write the plan's shards (and index) into `folder`; `readers` by `model:` string. Returns XXH3-128 (hex) by file.
@@ -50,12 +50,17 @@ def execute(
 
 
 def updates(
-    plan: MergePlan, readers: Mapping[str, TensorSource], names: set[str], *, jobs: int | None = None
+    plan: MergePlan,
+    readers: Mapping[str, TensorSource],
+    names: set[str],
+    *,
+    jobs: int | None = None,
+    device: str = "auto",
 ) -> dict[str, NDArray[np.float32]]:
     """The method's result for the tensors in `names`, float32, flat: the update before λ of a method that adds.
 
     The same numbers that `execute` would scale, add and round. Memory: the result.
     """
     sink = MemorySink([tensor for tensor in plan.tensors if tensor.spec.name in names])
-    run_plan(plan, readers, sink, jobs=jobs, names=names)
+    run_plan(plan, readers, sink, jobs=jobs, names=names, device=device)
     return sink.values

@@ -37,6 +37,11 @@ class WholePhase:
         base = None if tensor.base is None else self._read(tensor.base)
         experts = [self._read(part) for part in tensor.experts]
         merged = self._method.whole(call_of(tensor), base, experts)
+        if tuple(merged.shape) != tensor.spec.shape:
+            raise ValueError(
+                f"merge method '{self._method.name}' made shape {tuple(merged.shape)} of '{tensor.spec.name}',"
+                f" which is {tensor.spec.shape}"
+            )
         result = merged.detach().float().cpu().contiguous().reshape(-1).numpy()
         original = np.zeros(0, np.float32) if base is None else base.cpu().reshape(-1).numpy()
         worker.widen_to(TILE)

@@ -74,7 +74,7 @@ METHOD = Method(
     citation="Karcher mean of weights, arXiv 2603.04972",
     steps=steps,
     options=(
-        Option("max_iter", "whole", 10.0, "most steps of the iteration", low=0),
+        Option("max_iter", "whole", 10, "most steps of the iteration", low=0),
         Option("tol", "number", 1e-5, "where it stops, and what counts as zero", low=0.0),
     ),
     base="joins",

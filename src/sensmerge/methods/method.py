@@ -126,7 +126,8 @@ class Method:
     the largest number of models beside the base (None: any). `vectors` says whether x holds task vectors: `always`, `with_base`,
     or `never`. Where `adds` is true the result is the *update*, to be scaled by λ and added to the base; otherwise it is the
     merged tile itself, and the method has no λ.
-    `draws` methods need a seed. A method has either `steps`, or `whole`: a function of whole tensors, in torch, on any device.
+    `draws` methods have a `seed` among their options. A method has either `steps`, or `whole`: a function of whole tensors (θ, not
+    task vectors), in torch, on any device.
     """
 
     name: str

@@ -52,6 +52,9 @@ class Option:
         number = _number(value)
         if number is None or (self.kind == "whole" and number != int(number)) or not self.low <= number <= self.high:
             raise ValueError(f"must be {self._needed()}")
+        if self.kind == "whole":
+            # Large seeds do not survive as floats.
+            return value if isinstance(value, int) else int(number)
         return number
 
     def _needed(self) -> str:
@@ -74,7 +77,7 @@ def _number(value: object) -> float | None:
 
 WEIGHT = Option("weight", "number", 1.0, "how much the model counts", per_model=True)
 DENSITY = Option("density", "number", 1.0, "share of each task vector that is kept", per_model=True, low=0.0, high=1.0)
-SEED = Option("seed", "whole", 0.0, "of the random draws", low=0, high=2**63)
+SEED = Option("seed", "whole", 0, "of the random draws", low=0, high=2**63)
 INT8_MASK = Option("int8_mask", "truth", False, "accepted for mergekit's recipes; changes nothing here")
 L1: Mapping[bool | str, str] = {"none": "none", False: "none", "l1": "l1", True: "l1"}
 RESCALE_L1 = Option("rescale", "choice", "none", "l1: the kept entries keep the L1 norm of all", choices=L1)

@@ -310,7 +310,7 @@ def merge(
         check_tokenizers(recipe, models)
         prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
         with staging_folder(out) as staging:
-            hashes = execute(prepared.plan, models.readers, staging, jobs=jobs)
+            hashes = execute(prepared.plan, models.readers, staging, jobs=jobs, device=device)
             write_companions(recipe, models, staging)
             _describe(prepared, models, staging, hashes, time.monotonic() - started)
     return MergeResult(

@@ -101,7 +101,7 @@ def choose_scale(
     model = load_model(base_folder, device, compute_dtype)
     names = set(checkpoint_names(model, [tensor.spec.name for tensor in plan.tensors]).values())
     with out_of_memory_told("lambda: auto, which holds the base, a copy of it and the update"):
-        formed = updates(plan, readers, names)
+        formed = updates(plan, readers, names, device=device)
         scaled = ScaledModel(model, {name: torch.from_numpy(values) for name, values in formed.items()})
     tried: dict[float, list[float]] = {}
 
