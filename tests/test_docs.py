@@ -93,3 +93,11 @@ def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def test_the_benchmark_table_is_that_of_the_record() -> None:
+    from benchmarks.merging.plot import BEGIN, END, table
+
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    assert shown == table(ROOT / "benchmarks" / "merging.json")

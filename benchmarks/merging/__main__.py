@@ -20,10 +20,11 @@ from typing import Any
 import yaml
 
 from . import family
-from .plot import draw
+from .plot import draw, fill
 from .recipes import COMPARED, SETTINGS, TARGETS, Setting
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+DEFAULT_RESULTS = ROOT / "benchmarks" / "merging.json"
 
 
 def machine() -> dict[str, Any]:
@@ -80,7 +81,7 @@ def measure(
     recipe.write_text(yaml.safe_dump(setting.recipe(experts), sort_keys=False))
     output_bytes = family.parameters(layers) * (4 if dtype == "F32" else 2)
     floors, merges = [], []
-    for _ in range(3 if setting.slow else repeats):
+    for _ in range(repeats):
         floors.append(child(sys.executable, "floor", setting, recipe, experts, output_bytes))
         merges.append(child(sys.executable, "sensmerge", setting, recipe, experts, output_bytes))
     floor, merge = summary(floors), summary(merges)
@@ -113,29 +114,29 @@ def measure(
 def main() -> None:
     """Measure, keep, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a folder on the disk to measure, with 25 GB free")
+    parser.add_argument("--work", type=Path, required=True, help="a folder on the disk to measure, with 30 GB free")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=sorted(SETTINGS), help="only these settings")
-    parser.add_argument(
-        "--layers", nargs="+", type=int, default=[26, 64], help="26 is half a billion parameters, 64 twice that"
-    )
+    parser.add_argument("--layers", nargs="+", type=int, default=[26, 13], help="26 is half a billion parameters")
     parser.add_argument("--quick", action="store_true", help="the first size in bfloat16 alone")
     parser.add_argument("--mergekit", metavar="PYTHON", help="a Python that has mergekit, to compare with")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "merging.json")
+    parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS)
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "merging.svg")
     arguments = parser.parse_args()
     names = arguments.only or list(SETTINGS)
-    small = arguments.layers[0]
-    plans = [(name, small, "BF16", 3, arguments.mergekit) for name in names]
+    promised = [name for name in names if name in TARGETS]
+    others = [name for name in names if name not in TARGETS]
+    small, few, many = arguments.layers[0], min(3, arguments.repeats), arguments.repeats
+    plans = [(name, small, "BF16", 3, few, None) for name in others]
     if not arguments.quick:
-        promised = [name for name in names if name in TARGETS]
-        plans += [(name, layers, "BF16", 3, None) for layers in arguments.layers[1:] for name in names]
-        plans += [(name, small, "BF16", 6, None) for name in promised]
-        plans += [(name, small, dtype, 3, None) for dtype in ("F16", "F32") for name in promised]
+        plans += [(name, layers, "BF16", 3, few, None) for layers in arguments.layers[1:] for name in names]
+        plans += [(name, small, dtype, 3, few, None) for dtype in ("F16", "F32") for name in promised]
+        plans += [(name, small, "BF16", 6, few, None) for name in promised]
+    plans += [(name, small, "BF16", 3, many, arguments.mergekit) for name in promised]
     results = []
-    for name, layers, dtype, experts, mergekit in plans:
+    for name, layers, dtype, experts, repeats, mergekit in plans:
         folder = family.build(arguments.work, layers, dtype, experts)
-        results.append(measure(name, folder, layers, dtype, experts, arguments.repeats, mergekit))
+        results.append(measure(name, folder, layers, dtype, experts, repeats, mergekit))
         record = {
             "command": f"python -m benchmarks.merging {' '.join(sys.argv[1:])}",
             "machine": machine(),
@@ -144,6 +145,8 @@ def main() -> None:
         }
         arguments.results.write_text(json.dumps(record, indent=1) + "\n")
     draw(arguments.results, arguments.plot)
+    if arguments.results == DEFAULT_RESULTS:
+        fill(ROOT / "docs" / "benchmarks.md", arguments.results)
 
 
 if __name__ == "__main__":

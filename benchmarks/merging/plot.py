@@ -8,6 +8,50 @@ from typing import Any
 
 from .recipes import TARGETS
 
+BEGIN, END = "<!-- from benchmarks/merging.json -->", "<!-- end -->"
+
+
+def table(results: Path) -> str:
+    """Markdown: one row for each setting, size, dtype and number of experts that was measured."""
+    order = ("BF16", "F16", "F32")
+    found = json.loads(results.read_text())["results"]
+    found.sort(
+        key=lambda each: (
+            order.index(each["dtype"]),
+            each["experts"],
+            -each["parameters"],
+            each["setting"] not in TARGETS,
+        )
+    )
+    rows = [
+        "| setting | dtype | parameters | experts | wall over floor | promised | CPU over floor | peak, MiB | floor, s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for each in found:
+        target = TARGETS.get(each["setting"])
+        rows.append(
+            f"| {each['setting']} | {each['dtype']} | {each['parameters'] / 1e9:.2f} B | {each['experts']} |"
+            f" {each['wall_over_floor']:.2f} | {'' if target is None else f'{target:g}'} | {each['cpu_over_floor']:.2f} |"
+            f" {each['peak_mib']:.0f} | {each['floor']['wall']:.2f} |"
+        )
+    theirs = [each for each in found if "mergekit" in each]
+    if theirs:
+        rows += ["", "mergekit on the same family, once each:", ""]
+        rows += ["| setting | wall over floor | CPU over floor | peak, MiB |", "|---|---:|---:|---:|"]
+        rows += [
+            f"| {each['setting']} | {each['mergekit_wall_over_floor']:.1f} | {each['mergekit_cpu_over_floor']:.1f} |"
+            f" {each['mergekit_peak_mib']:.0f} |"
+            for each in theirs
+        ]
+    return "\n".join(rows)
+
+
+def fill(page: Path, results: Path) -> None:
+    """Put the table between its marks in a page."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    page.write_text(f"{before}\n{table(results)}\n{after}", encoding="utf-8")
+
 
 def draw(results: Path, out: Path) -> None:
     """Two panels of horizontal bars: time over the floor at two sizes (and mergekit's), and memory above an idle process."""

@@ -14,8 +14,6 @@ class Setting:
     parameters: dict[str, Any] = field(default_factory=dict)
     base: bool = True
     experts: int | None = None
-    # Minutes, not seconds: measured fewer times.
-    slow: bool = False
 
     def recipe(self, experts: int) -> dict[str, Any]:
         """The recipe over `experts` experts, at most as many as the method takes."""
@@ -54,10 +52,10 @@ SETTINGS: dict[str, Setting] = {
     "model_stock": Setting("model_stock"),
     "breadcrumbs": Setting("breadcrumbs", {"density": 0.5, "gamma": 0.01}),
     "breadcrumbs_ties": Setting("breadcrumbs_ties", {"density": 0.5, "gamma": 0.01}),
-    "sce": Setting("sce", {"select_topk": 0.5}, slow=True),
-    "della_linear": Setting("della_linear", {"density": 0.5, "epsilon": 0.1}, slow=True),
-    "della": Setting("della", {"density": 0.5, "epsilon": 0.1}, slow=True),
-    "arcee_fusion": Setting("arcee_fusion", experts=1, slow=True),
+    "sce": Setting("sce", {"select_topk": 0.5}),
+    "della_linear": Setting("della_linear", {"density": 0.5, "epsilon": 0.1}),
+    "della": Setting("della", {"density": 0.5, "epsilon": 0.1}),
+    "arcee_fusion": Setting("arcee_fusion", experts=1),
 }
 
 # The settings whose cost is promised, and how much of the floor's wall time each may take.
