@@ -126,13 +126,14 @@ def main() -> None:
     names = arguments.only or list(SETTINGS)
     promised = [name for name in names if name in TARGETS]
     others = [name for name in names if name not in TARGETS]
-    small, few, many = arguments.layers[0], min(3, arguments.repeats), arguments.repeats
-    plans = [(name, small, "BF16", 3, few, None) for name in others]
+    small, few, many = arguments.layers[0], min(2, arguments.repeats), arguments.repeats
+    plans = [(name, small, "BF16", 3, many, arguments.mergekit) for name in promised]
     if not arguments.quick:
-        plans += [(name, layers, "BF16", 3, few, None) for layers in arguments.layers[1:] for name in names]
         plans += [(name, small, dtype, 3, few, None) for dtype in ("F16", "F32") for name in promised]
         plans += [(name, small, "BF16", 6, few, None) for name in promised]
-    plans += [(name, small, "BF16", 3, many, arguments.mergekit) for name in promised]
+    plans += [(name, small, "BF16", 3, few, None) for name in others]
+    if not arguments.quick:
+        plans += [(name, layers, "BF16", 3, few, None) for layers in arguments.layers[1:] for name in names]
     results = []
     for name, layers, dtype, experts, repeats, mergekit in plans:
         folder = family.build(arguments.work, layers, dtype, experts)

@@ -12,31 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .kernel import kernel
+from .kernels.weighted_sum import weighted_sum
 from .method import Call, Method, Numbers, Steps
 from .option import WEIGHT, normalize
-
-
-@kernel
-def average(n: int, first: int, columns: int, base: Any, x: Any, experts: Any, groups: Any, out: Any) -> None:
-    """out = (Σ experts[k, 0] · θ_k + groups[0, 1] · θ_0) / groups[0, 0]; a remainder of zero leaves the base unread."""
-    factor = np.float32(experts[0, 0])
-    row = x[0]
-    for i in range(n):
-        out[i] = row[i] * factor
-    for k in range(1, x.shape[0]):
-        factor = np.float32(experts[k, 0])
-        row = x[k]
-        for i in range(n):
-            out[i] += row[i] * factor
-    if groups[0, 1] != 0.0:
-        factor = np.float32(groups[0, 1])
-        for i in range(n):
-            out[i] += base[i] * factor
-    if groups[0, 0] != 1.0:
-        divisor = np.float32(groups[0, 0])
-        for i in range(n):
-            out[i] /= divisor
 
 
 def steps(call: Call) -> Steps:
@@ -48,9 +26,9 @@ def steps(call: Call) -> Steps:
         raise ValueError("linear with coefficients needs a base")
 
     def numbers(results: Sequence[Any]) -> tuple[Numbers, Numbers]:
-        return np.array([[factor] for factor in factors]), np.array([[divisor, remainder]])
+        return np.array([[factor] for factor in factors]), np.array([[divisor, 0.0, 0.0, remainder]])
 
-    return Steps(average, numbers)
+    return Steps(weighted_sum, numbers)
 
 
 METHOD = Method(

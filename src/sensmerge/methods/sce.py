@@ -20,34 +20,53 @@ def variances(
     n: int, first: int, columns: int, base: Any, x: Any, experts: Any, groups: Any, keys: Any, out: Any
 ) -> None:
     """out[0] = the population variance of each element over the experts, formed in float64."""
-    count = x.shape[0]
-    for i in range(n):
-        mean = 0.0
-        for k in range(count):
-            mean += np.float64(x[k, i])
-        mean /= count
-        total = 0.0
-        for k in range(count):
-            total += (np.float64(x[k, i]) - mean) ** 2
-        out[0, i] = np.float32(total / count)
+    block = 512
+    mean, total = np.empty(block, np.float64), np.empty(block, np.float64)
+    for start in range(0, n, block):
+        size = min(block, n - start)
+        mean[:] = 0.0
+        total[:] = 0.0
+        for k in range(x.shape[0]):
+            row = x[k, start : start + size]
+            for i in range(size):
+                mean[i] += np.float64(row[i])
+        for i in range(size):
+            mean[i] /= x.shape[0]
+        for k in range(x.shape[0]):
+            row = x[k, start : start + size]
+            for i in range(size):
+                apart = np.float64(row[i]) - mean[i]
+                total[i] += apart * apart
+        result = out[0, start : start + size]
+        for i in range(size):
+            result[i] = np.float32(total[i] / x.shape[0])
 
 
 @kernel
 def select(n: int, first: int, columns: int, x: Any, experts: Any, groups: Any, keys: Any) -> None:
-    """x_k = 0 for every expert where the variance (as above) is below groups[0, 0]; in place."""
-    count = x.shape[0]
-    least = groups[0, 0]
-    for i in range(n):
-        mean = 0.0
-        for k in range(count):
-            mean += np.float64(x[k, i])
-        mean /= count
-        total = 0.0
-        for k in range(count):
-            total += (np.float64(x[k, i]) - mean) ** 2
-        if np.float64(np.float32(total / count)) < least:
-            for k in range(count):
-                x[k, i] = np.float32(0)
+    """x_k = 0 for every expert where the variance (formed as above) is below groups[0, 0]; in place."""
+    block = 512
+    least = np.float32(groups[0, 0])
+    mean, total = np.empty(block, np.float64), np.empty(block, np.float64)
+    for start in range(0, n, block):
+        size = min(block, n - start)
+        mean[:] = 0.0
+        total[:] = 0.0
+        for k in range(x.shape[0]):
+            row = x[k, start : start + size]
+            for i in range(size):
+                mean[i] += np.float64(row[i])
+        for i in range(size):
+            mean[i] /= x.shape[0]
+        for k in range(x.shape[0]):
+            row = x[k, start : start + size]
+            for i in range(size):
+                apart = np.float64(row[i]) - mean[i]
+                total[i] += apart * apart
+        for k in range(x.shape[0]):
+            row = x[k, start : start + size]
+            for i in range(size):
+                row[i] = row[i] if np.float32(total[i] / x.shape[0]) >= least else np.float32(0)
 
 
 @kernel

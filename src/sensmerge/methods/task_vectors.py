@@ -60,7 +60,7 @@ def task_vector_steps(call: Call, sparsifier: Sparsifier | None = None, *, elect
             experts[:, 2:] = sparsifier.limits(selected)
         divisor = math.fsum(call.weights) if normalised and not election else 1.0
         keep = 1.0 if call.options.get("rescale") == "keep" else 0.0
-        return experts, np.array([[divisor, 1.0 if normalised else 0.0, keep]])
+        return experts, np.array([[divisor, 1.0 if normalised else 0.0, keep, 0.0]])
 
     return Steps(
         combine=elect if election else weighted_sum,
