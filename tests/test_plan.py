@@ -236,6 +236,7 @@ def test_weights_that_sum_to_zero_somewhere(models: Path) -> None:
         error = refused(models, text.format(method, "true"))
         assert "the weights sum to zero" in error.why
         assert "normalize: true" in error.why
+        assert "normalize: false" in error.fix
         assert "model.layers.3.mlp.up_proj.weight" in error.where
         plan(models, text.format(method, "false"))
     for method in ("ties", "dare_ties", "breadcrumbs_ties", "della"):

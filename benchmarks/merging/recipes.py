@@ -68,4 +68,4 @@ TARGETS = {
     "ties, global": 2.2,
 }
 # What mergekit can be compared on.
-COMPARED = ("linear", "task_arithmetic", "slerp", "dare_linear", "ties, tensor")
+COMPARED = ("linear", "task_arithmetic", "slerp", "dare_linear")

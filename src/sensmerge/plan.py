@@ -13,7 +13,7 @@ from .matching import Match, match_tensors
 from .methods import METHODS, Method
 from .methods.method import Call
 from .methods.option import WEIGHT, Option, Value
-from .records import Coefficients, MergePlan, Recipe, TensorInput, TensorPlan, TensorSpec
+from .records import Coefficients, Conditional, MergePlan, Recipe, TensorInput, TensorPlan, TensorSpec
 from .rules.compute import coefficient
 from .settings import LAMBDA, resolve
 
@@ -108,23 +108,33 @@ def call_of(tensor: TensorPlan) -> Call:
 
 def _check_options(recipe: Recipe, method: Method, tensors: Sequence[TensorPlan]) -> None:
     """What the options of each tensor must satisfy together; raises RecipeError naming the first tensor of every fault."""
-    first: dict[str, str] = {}
+    first: dict[tuple[str, str], str] = {}
     count = 0
     for tensor in tensors:
-        if tensor.spec.dtype not in FLOATS:
-            continue
-        fault = method.check(call_of(tensor))
+        fault = None if tensor.spec.dtype not in FLOATS else method.check(call_of(tensor))
         if fault is not None:
             count += 1
             first.setdefault(fault, tensor.spec.name)
     if first:
-        name = next(iter(first.values()))
+        (_, fix), name = next(iter(first.items()))
         raise RecipeError(
             f"merge method '{method.name}' cannot merge {count} tensor(s) with these parameters",
             where=f"{recipe.where()}, tensor '{name}'",
-            why="; ".join(f"'{tensor}': {fault}" for fault, tensor in first.items()),
-            fix="change these parameters, for these tensors or for all",
+            why="; ".join(f"'{tensor}': {why}" for (why, _), tensor in first.items()),
+            fix=fix,
         )
+
+
+def unmatched_filters(recipe: Recipe, plan: MergePlan) -> list[str]:
+    """The filters of the recipe that no tensor's name contains, sorted: most likely misspelt."""
+    sources = [source for part in recipe.slices for source in part.sources]
+    levels = [recipe.parameters, *(part.parameters for part in recipe.models), *(part.parameters for part in sources)]
+    levels += [part.parameters for part in recipe.slices]
+    settings = [setting for level in levels for setting in level.values() if isinstance(setting, tuple)]
+    filters = {each.filter for setting in settings for each in setting if isinstance(each, Conditional)}
+    names = {tensor.spec.name for tensor in plan.tensors}
+    names |= {each.tensor for tensor in plan.tensors for each in inputs_of(tensor)}
+    return sorted(each for each in filters if each not in (None, "*") and not any(each in name for name in names))
 
 
 def _check_global_scope(recipe: Recipe, tensors: Sequence[TensorPlan]) -> None:

@@ -181,6 +181,9 @@ def _evaluated(setting: object, tensor: str, t: float) -> Value | None:
         first = next(matching, None)
         return None if first is None else _evaluated(first.setting, tensor, t)
     place = t * (len(setting) - 1)
+    # 2/49 · 49 is not 2: a place that is a value's own, but for rounding, is that value's.
+    if abs(place - round(place)) < 1e-9:
+        place = float(round(place))
     lower = int(place)
     if not _numeric(setting):
         choice: Value = setting[lower]

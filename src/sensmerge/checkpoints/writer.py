@@ -99,15 +99,17 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
 
 def write_failure(path: Path, error: OSError) -> ResourceError:
     """The error for an output that could not be written."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return ResourceError(
-        "the disk is full" if full else "the output could not be written",
-        where=str(path),
-        why=str(error),
-        fix="free some space or choose another output folder, then run the same command again"
-        if full
-        else "check the folder's permissions and the disk, then run the same command again",
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what, fix = (
+            "the disk is full",
+            "free some space or choose another output folder, then run the same command again",
+        )
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        what, fix = "too many output files are open at once", "write fewer, larger files: --shard-size 5GB"
+    else:
+        what = "the output could not be written"
+        fix = "check the folder's permissions and the disk, then run the same command again"
+    return ResourceError(what, where=str(path), why=str(error), fix=fix)
 
 
 class ShardWriter:
@@ -155,12 +157,14 @@ class ShardWriter:
             os.fsync(self._descriptor)
         except OSError as error:
             raise write_failure(self._path, error) from error
-        os.close(self._descriptor)
+        self.abandon()
         return self._digest.hexdigest()
 
     def abandon(self) -> None:
-        """Close without a promise; the file is for deletion."""
-        os.close(self._descriptor)
+        """Close without a promise; the file is for deletion. A second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view, done = memoryview(data), 0
@@ -219,7 +223,10 @@ class _OrderedDigest:
     def _read_again(self, size: int) -> None:
         stop = self.end + size
         while self.end < stop:
-            self._take(memoryview(os.pread(self._descriptor, min(1 << 20, stop - self.end), self.end)))
+            piece = os.pread(self._descriptor, min(1 << 20, stop - self.end), self.end)
+            if not piece:
+                raise OSError(errno.EIO, "the file became shorter while it was written")
+            self._take(memoryview(piece))
 
     def _take(self, view: memoryview) -> None:
         self._hash.update(view)

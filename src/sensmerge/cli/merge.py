@@ -42,7 +42,9 @@ def merge(
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the merge is complete.")] = False,
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest output file.")] = "5GB",
-    jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", min=1, help="Threads [one for each core].")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", metavar="N", min=1, max=256, help="Threads [one for each core].")
+    ] = None,
     random_seed: Annotated[
         int | None, typer.Option("--random-seed", metavar="N", help="Seed of a method that draws at random.")
     ] = None,

@@ -144,7 +144,8 @@ class Selection:
         bits = np.full(self.bins.shape, np.uint32(0x7F800000))
         for row, at in np.argwhere(self.bins >= 0):
             # Workers who took no part in the fine count have nothing to add.
-            inside = _sum([each.fine[row, at] for each in self._used.values() if each.fine.shape[1]])
+            counted = [each for each in self._used.values() if each.fine.shape[1] == self.bins.shape[1]]
+            inside = _sum([each.fine[row, at] for each in counted])
             low = int(np.searchsorted(inside.cumsum(), self._inside[row, at], side="right"))
             bits[row, at] = np.uint32(int(self.bins[row, at]) << 16 | low)
         for counter in self._used.values():

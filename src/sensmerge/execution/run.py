@@ -41,10 +41,10 @@ def execute(
         sink = FileSink(folder, shards, method, advance)
         try:
             run_plan(plan, readers, sink, jobs=jobs, chunk_bytes=chunk_bytes, device=device)
+            hashes = sink.close()
         except BaseException:
             sink.abandon()
             raise
-        hashes = sink.close()
     write_index(folder, shards)
     return hashes
 

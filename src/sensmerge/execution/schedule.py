@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,7 +86,7 @@ class Schedule:
         phases = next(self._waiting, None)
         if phases is None:
             self._exhausted = True
-        elif (phase := next(phases, None)) is not None:
+        elif (phase := _following(phases)) is not None:
             self._open.append(_Open(phases, phase))
 
     def _finished(self, tensor: _Open) -> None:
@@ -95,7 +96,7 @@ class Schedule:
                 return
         # Nobody else holds or can claim a unit of this tensor now: others go on while its next phase is made.
         tensor.phase.finish()
-        phase = next(tensor.phases, None)
+        phase = _following(tensor.phases)
         with self._changed:
             if phase is None:
                 self._open.remove(tensor)
@@ -104,31 +105,49 @@ class Schedule:
             self._changed.notify_all()
 
 
+def _following(phases: Iterator[Phase]) -> Phase | None:
+    """The next phase that has units; those without are finished at once, since no worker would ever come to them."""
+    for phase in phases:
+        if phase.units:
+            return phase
+        phase.finish()
+    return None
+
+
 def run_in_threads(schedule: Schedule, workers: Sequence[object]) -> None:
     """Run `schedule` with one thread for each worker; the first error stops all of them and is raised here."""
+    if len(workers) == 1:
+        schedule.run(workers[0])
+        return
     errors: list[BaseException] = []
 
-    def work(worker: object) -> None:
+    def work(worker: object, ended: threading.Event) -> None:
         try:
             schedule.run(worker)
         except BaseException as error:
             errors.append(error)
             schedule.stop()
+        finally:
+            ended.set()
 
-    if len(workers) == 1:
-        schedule.run(workers[0])
-        return
-    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
+    ends = [threading.Event() for _ in workers]
+    threads = [threading.Thread(target=work, args=each, daemon=True) for each in zip(workers, ends, strict=True)]
     try:
         for thread in threads:
-            thread.join()
+            thread.start()
+        # Not `join`: until Python 3.13 a thread whose join was interrupted counts as ended while it still runs (gh-90882).
+        for ended in ends:
+            ended.wait()
     except BaseException:
-        # Interrupted: let the others come to the end of their unit before files are closed under them.
+        # Interrupted: let the others come to the end of their unit before files are closed under them. A thread that only
+        # begins now finds the schedule stopped and touches nothing.
         schedule.stop()
-        for thread in threads:
-            thread.join()
+        for thread, ended in zip(threads, ends, strict=True):
+            while thread.ident is not None and not ended.is_set():
+                with suppress(KeyboardInterrupt):
+                    ended.wait()
         raise
+    for thread in threads:
+        thread.join()
     if errors:
         raise errors[0]

@@ -74,7 +74,9 @@ class FileSink:
             "the merge made a number that its dtype cannot hold",
             where=f"tensor '{tensor.spec.name}', element {position(tensor.spec.shape, first + at)}",
             why=f"{value:.6g} does not fit into {dtype}",
-            fix="write `out_dtype: bfloat16` or `out_dtype: float32` into the recipe, or use smaller weights",
+            fix="write `out_dtype: bfloat16` or `out_dtype: float32` into the recipe, or use smaller weights"
+            if dtype == "F16"
+            else "use smaller weights, or a smaller lambda",
         )
 
 

@@ -1,6 +1,6 @@
 """One output tensor as the engine sees it: its inputs, its division into tiles, chunks and stretches, and how a tile is filled.
 
-A *tile* is what a kernel works on: 64 Ki elements, or as many whole rows as fit (at least one). A *chunk* is what is read at a
+A *tile* is what a kernel works on: 128 Ki elements, or as many whole rows as fit (at least one). A *chunk* is what is read at a
 time: some tiles. A *stretch*, some chunks, is what one worker adds up alone. Tiles and stretches depend on the tensor's shape
 alone, so that sums are formed in one order whatever the chunks, the number of workers or their speed.
 """
@@ -25,7 +25,7 @@ from ..plan import call_of
 from ..records import TensorInput, TensorPlan
 from .convert import BITS, WIDEN
 
-TILE = 1 << 16
+TILE = 1 << 17
 STRETCHES = 16
 CHUNK_BYTES = 1 << 20
 

@@ -6,6 +6,7 @@ mergekit's; `rescale: keep` divides each entry by its own chance, as the paper d
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .kernels.magprune import magprune
@@ -36,11 +37,13 @@ def pruned(call: Call) -> Sparsifier:
     return Sparsifier(magprune, limits, whole_rows=True)
 
 
-def check(call: Call) -> str | None:
+def check(call: Call) -> tuple[str, str] | None:
     """density ± epsilon must be probabilities."""
     for density, epsilon in zip(call.numbers("density"), call.numbers("epsilon"), strict=True):
         if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
-            return f"density {density:g} ± epsilon {epsilon:g} leaves the range from 0 to 1"
+            fitting = math.floor(900 * min(density, 1 - density)) / 1000
+            why = f"density {density:g} - epsilon {epsilon:g} must be above 0, and density + epsilon below 1"
+            return why, f"write `epsilon: {fitting:g}`, for these tensors or for all"
     return None
 
 

@@ -56,10 +56,11 @@ class Call:
         """Length of a row: the last dimension, 1 for a scalar."""
         return self.shape[-1] if self.shape else 1
 
-    def divides_by_zero(self) -> str | None:
+    def divides_by_zero(self) -> tuple[str, str] | None:
         """What is wrong if the sum of the weights, which a normalising method divides by, is zero; for `Method.check`."""
         if self.options.get("normalize") and math.fsum(self.weights) == 0.0:
-            return "the weights sum to zero, and `normalize: true` divides by their sum"
+            why = "the weights sum to zero, and `normalize: true` divides by their sum"
+            return why, "write `normalize: false` into the recipe's top-level `parameters:`, or change a weight"
         return None
 
     def numbers(self, name: str) -> list[float]:
@@ -142,8 +143,8 @@ class Method:
     adds: bool = False
     takes_sens: bool = False
     draws: bool = False
-    # What the options of one tensor must satisfy together; returns what is wrong, or None.
-    check: Callable[[Call], str | None] = field(default=lambda call: None)
+    # What the options of one tensor must satisfy together; returns what is wrong and a line that mends it, or None.
+    check: Callable[[Call], tuple[str, str] | None] = field(default=lambda call: None)
 
     @property
     def by_name(self) -> dict[str, Option]:

@@ -16,7 +16,16 @@ from ..rules.presets import preset
 from ..sens_block import checked_setting, settings_of
 from .calibrating import Calibration, calibrate_models, profiles_folder
 from .companions import output_model_config
-from .merging import SHARD_BYTES, MergeResult, check_output, check_tokenizers, merge, seeded, versions
+from .merging import (
+    SHARD_BYTES,
+    MergeResult,
+    check_output,
+    check_tokenizers,
+    merge,
+    seeded,
+    tell_unmatched_filters,
+    versions,
+)
 from .models import expert_names, open_models
 from .weighing import coefficients_of, measurements, needs_calibration, preset_scale, sized
 
@@ -106,6 +115,7 @@ def dry_run(
         scale = 1.0 if recipe.lambda_ == "auto" else preset_scale(recipe)
         plan = make_plan(recipe, models.readers, coefficients=None, scale=scale, shard_bytes=shard_bytes)
         output_model_config(recipe, models)
+        tell_unmatched_filters(recipe, plan)
         return plan
 
 

@@ -20,7 +20,7 @@ from ..checkpoints.writer import write_failure
 from ..errors import OutputError, RecipeError
 from ..execution.run import execute
 from ..methods import METHODS
-from ..plan import make_plan
+from ..plan import make_plan, unmatched_filters
 from ..recipe import with_seed
 from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_atomically
 from ..report.model_card import model_card
@@ -104,6 +104,12 @@ def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
     check_same_vocabulary(models.all)
     if recipe.chat_template == "auto":
         check_same_chat_template(models.all, tokenizer_donor(recipe, models))
+
+
+def tell_unmatched_filters(recipe: Recipe, plan: MergePlan) -> None:
+    """Warn of filters that no tensor's name contains: what stands beside them changes nothing."""
+    for each in unmatched_filters(recipe, plan):
+        progress.warning(f"{recipe.where()}: `filter: {each}` is part of no tensor's name, so its value is not used")
 
 
 def seeded(recipe: Recipe, seed: int | None) -> Recipe:
@@ -218,7 +224,7 @@ def _prepare(
         return make_plan(recipe, models.readers, coefficients=coefficients, scale=scale, shard_bytes=shard_bytes)
 
     # Models that do not fit together are refused before anything is measured.
-    plan_with(None, preset_scale(recipe))
+    tell_unmatched_filters(recipe, plan_with(None, preset_scale(recipe)))
     output_model_config(recipe, models)
     calibration, coefficients, record = None, None, None
     scale = 1.0 if recipe.lambda_ is None else recipe.lambda_

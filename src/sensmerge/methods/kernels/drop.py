@@ -19,9 +19,11 @@ def drop(n: int, first: int, columns: int, x: Any, experts: Any, groups: Any, ke
     for k in range(x.shape[0]):
         density = experts[k, 2]
         row = x[k]
-        if density >= 1.0:
+        # No draw is above 1 - 2^-32; and 2^32 itself has no uint32 (what the cast gives differs between processors).
+        words = np.ceil(density * 4294967296.0)
+        if words >= 4294967296.0:
             continue
-        limit = np.uint32(np.ceil(density * 4294967296.0))
+        limit = np.uint32(words)
         low_key, high_key = np.uint32(keys[k, 0]), np.uint32(keys[k, 1])
         start = 0
         while start < n:
