@@ -1,4 +1,4 @@
-"""Faults of the engine that were found once and must not come back: what breaks at the edges, under interrupts, on failing disks."""
+"""Faults of the engine that were found once and must not come back: at the edges, under interrupts, on failing disks."""
 
 from __future__ import annotations
 
