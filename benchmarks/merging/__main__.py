@@ -134,12 +134,16 @@ def main() -> None:
     plans += [(name, small, "BF16", 3, few, None) for name in others]
     if not arguments.quick:
         plans += [(name, layers, "BF16", 3, few, None) for layers in arguments.layers[1:] for name in names]
+    # As it would be typed elsewhere: without the places of this machine.
+    command = "python -m benchmarks.merging --work FOLDER"
+    command += f" --layers {' '.join(map(str, arguments.layers))} --repeats {many}"
+    command += (" --quick" if arguments.quick else "") + (" --mergekit PYTHON" if arguments.mergekit else "")
     results = []
     for name, layers, dtype, experts, repeats, mergekit in plans:
         folder = family.build(arguments.work, layers, dtype, experts)
         results.append(measure(name, folder, layers, dtype, experts, repeats, mergekit))
         record = {
-            "command": f"python -m benchmarks.merging {' '.join(sys.argv[1:])}",
+            "command": command,
             "machine": machine(),
             "mergekit": bool(arguments.mergekit),
             "results": results,
