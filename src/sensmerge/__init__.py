@@ -34,10 +34,12 @@ __all__ = [
     "evaluate",
     "load_recipe",
     "merge",
+    "randomness",
     "train_family",
 ]
 
 if TYPE_CHECKING:
+    from . import randomness
     from .errors import SensmergeError
     from .evaluation.run import evaluate
     from .pipeline import calibrate, coefficients, merge
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "randomness":
+        return importlib.import_module(".randomness", __name__)
     if name not in _PLACES:
         raise AttributeError(f"module 'sensmerge' has no attribute '{name}'")
     return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
