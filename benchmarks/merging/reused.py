@@ -1,7 +1,7 @@
 """The same ratios where memory was used a moment ago: floor and merge in turn in one process.
 
-`python -m benchmarks.merging.reused --work FOLDER`. In a process of its own a floor may write into page cache that the machine has to
-find first; here the pages of the round before are free. Results go to benchmarks/merging-reused.json.
+`python -m benchmarks.merging.reused --work FOLDER`. In a process of its own a floor may write into page cache that the machine has
+to find first; here the pages of the round before are free. Results go to benchmarks/merging-reused.json.
 """
 
 from __future__ import annotations
