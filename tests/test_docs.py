@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from benchmarks.merging import plot
 
 from sensmerge.experiments.tables import markdown
 from sensmerge.methods import METHODS
@@ -95,9 +96,10 @@ def test_links_lead_somewhere(page: str) -> None:
         assert (path.parent / target).exists(), target
 
 
-def test_the_benchmark_table_is_that_of_the_record() -> None:
-    from benchmarks.merging.plot import BEGIN, END, table
-
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
-    assert shown == table(ROOT / "benchmarks" / "merging.json")
+def test_the_benchmark_tables_are_those_of_the_records() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for begin, end, expected in (
+        (plot.BEGIN, plot.END, plot.table(ROOT / "benchmarks" / "merging.json")),
+        (plot.BEGIN_REUSED, plot.END_REUSED, plot.table_of_reused(ROOT / "benchmarks" / "merging-reused.json")),
+    ):
+        assert page[page.index(begin) + len(begin) : page.index(end)].strip() == expected

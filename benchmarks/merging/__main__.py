@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from . import family
-from .plot import draw, fill
+from .plot import BEGIN, END, draw, fill, table
 from .recipes import COMPARED, SETTINGS, TARGETS, Setting
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -151,7 +151,7 @@ def main() -> None:
         arguments.results.write_text(json.dumps(record, indent=1) + "\n")
     draw(arguments.results, arguments.plot)
     if arguments.results == DEFAULT_RESULTS:
-        fill(ROOT / "docs" / "benchmarks.md", arguments.results)
+        fill(ROOT / "docs" / "benchmarks.md", BEGIN, END, table(arguments.results))
 
 
 if __name__ == "__main__":

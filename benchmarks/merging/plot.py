@@ -9,6 +9,7 @@ from typing import Any
 from .recipes import TARGETS
 
 BEGIN, END = "<!-- from benchmarks/merging.json -->", "<!-- end -->"
+BEGIN_REUSED, END_REUSED = "<!-- from benchmarks/merging-reused.json -->", "<!-- end of reused -->"
 
 
 def table(results: Path) -> str:
@@ -46,11 +47,24 @@ def table(results: Path) -> str:
     return "\n".join(rows)
 
 
-def fill(page: Path, results: Path) -> None:
-    """Put the table between its marks in a page."""
-    text = page.read_text(encoding="utf-8")
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{before}\n{table(results)}\n{after}", encoding="utf-8")
+def table_of_reused(results: Path) -> str:
+    """Markdown: the promised settings, with floor and merge in turn in one process."""
+    rows = [
+        "| setting | floor, s | merge, s | medians | fastest over fastest | promised |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, each in json.loads(results.read_text())["results"].items():
+        rows.append(
+            f"| {name} | {each['floor_s']:.2f} | {each['merge_s']:.2f} | {each['ratio_of_medians']:.2f} |"
+            f" {each['ratio_of_fastest']:.2f} | {TARGETS[name]:g} |"
+        )
+    return "\n".join(rows)
+
+
+def fill(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a table between its marks in a page."""
+    old = page.read_text(encoding="utf-8")
+    page.write_text(f"{old[: old.index(begin) + len(begin)]}\n{text}\n{old[old.index(end) :]}", encoding="utf-8")
 
 
 def draw(results: Path, out: Path) -> None:

@@ -20,6 +20,7 @@ import sensmerge
 from . import family
 from .__main__ import ROOT, machine
 from .measure import floor, measured, warm
+from .plot import BEGIN_REUSED, END_REUSED, fill, table_of_reused
 from .recipes import SETTINGS, TARGETS
 
 
@@ -67,7 +68,9 @@ def main() -> None:
         "machine": machine(),
         "results": results,
     }
-    (ROOT / "benchmarks" / "merging-reused.json").write_text(json.dumps(record, indent=1) + "\n")
+    kept = ROOT / "benchmarks" / "merging-reused.json"
+    kept.write_text(json.dumps(record, indent=1) + "\n")
+    fill(ROOT / "docs" / "benchmarks.md", BEGIN_REUSED, END_REUSED, table_of_reused(kept))
     for name, found in results.items():
         print(
             f"{name:18s} {found['ratio_of_medians']:.2f} x the floor (fastest over fastest {found['ratio_of_fastest']:.2f})"

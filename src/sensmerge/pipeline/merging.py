@@ -224,7 +224,8 @@ def _prepare(
         return make_plan(recipe, models.readers, coefficients=coefficients, scale=scale, shard_bytes=shard_bytes)
 
     # Models that do not fit together are refused before anything is measured.
-    tell_unmatched_filters(recipe, plan_with(None, preset_scale(recipe)))
+    plain = plan_with(None, preset_scale(recipe))
+    tell_unmatched_filters(recipe, plain)
     output_model_config(recipe, models)
     calibration, coefficients, record = None, None, None
     scale = 1.0 if recipe.lambda_ is None else recipe.lambda_
@@ -244,7 +245,8 @@ def _prepare(
     whole = preset_scale(recipe) if record is None else record.lambda_
     for warning in [] if coefficients is None else coefficients.warnings:
         progress.warning(warning)
-    return _Prepared(recipe, calibration, coefficients, record, plan_with(coefficients, whole))
+    plan = plain if coefficients is None else plan_with(coefficients, whole)
+    return _Prepared(recipe, calibration, coefficients, record, plan)
 
 
 def versions() -> dict[str, str]:
