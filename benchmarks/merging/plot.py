@@ -94,7 +94,7 @@ def draw(results: Path, out: Path) -> None:
     ]
     if theirs:
         places = [place + len(sizes) * high for place, _ in theirs]
-        label = "mergekit, " + f"{sizes[0] / 1e9:.1f} B parameters"
+        label = f"mergekit, {theirs[0][1]['parameters'] / 1e9:.1f} B parameters"
         time.barh(places, [each["mergekit_wall_over_floor"] for _, each in theirs], high, label=label, color="0.6")
         memory.barh(places, [each["mergekit_peak_mib"] for _, each in theirs], high, label=label, color="0.6")
     for place, name in enumerate(names):
