@@ -136,10 +136,15 @@ def test_an_interrupted_run_leaves_no_thread_at_work() -> None:
             time.sleep(1.5 if unit == 0 else 0.3)
             busy[0] -= 1
 
+    # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.45, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_in_threads(Schedule(iter([iter([Slow(100, [])])]), ahead=3), list(range(4)))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_in_threads(Schedule(iter([iter([Slow(100, [])])]), ahead=3), list(range(4)))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert busy[0] == 0
 
 
