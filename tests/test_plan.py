@@ -303,9 +303,9 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_two_names_of_one_folder(models: Path) -> None:
     error = refused(models, "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}, {model: ./a}]\n")
-    assert "one folder" in error.what
+    assert "one model" in error.what
     assert (
-        "one folder"
+        "one model"
         in refused(models, "merge_method: karcher\nbase_model: ./a\nmodels: [{model: a}, {model: b}]\n").what
     )
     plan(models, "merge_method: linear\nbase_model: ./a\nmodels: [{model: a}, {model: b}]\n")

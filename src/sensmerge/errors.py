@@ -7,6 +7,8 @@ fit together; 5 calibration data; 6 disk, RAM or GPU; 7 output busy or not empty
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -70,3 +72,39 @@ class EvaluationError(SensmergeError):
     """An evaluation that cannot run."""
 
     exit_code = 9
+
+
+class SeveralErrors(SensmergeError):
+    """More than one failure, all told at once; the exit code is that of the first."""
+
+    def __init__(self, errors: Sequence[SensmergeError]) -> None:
+        self.errors = tuple(errors)
+        first = self.errors[0]
+        self.exit_code = first.exit_code  # type: ignore[misc]  # a failure of several kinds has the code of its first
+        super().__init__(first.what, where=first.where, why=first.why, fix=first.fix)
+        told = (f"{number}. {error}" for number, error in enumerate(self.errors, 1))
+        self.args = ("\n".join([f"{len(self.errors)} faults were found", *told]),)
+
+
+class Faults:
+    """Gathers the failures of checks that do not depend on each other, so that all can be told at once."""
+
+    def __init__(self) -> None:
+        self.found: list[SensmergeError] = []
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A block whose SensmergeError is kept instead of raised."""
+        try:
+            yield
+        except SeveralErrors as several:
+            self.found += several.errors
+        except SensmergeError as error:
+            self.found.append(error)
+
+    def raise_all(self) -> None:
+        """Raise what was gathered: the failure itself if there is one, SeveralErrors for more."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise SeveralErrors(self.found)

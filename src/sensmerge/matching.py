@@ -9,7 +9,7 @@ from functools import cached_property
 
 from .checkpoints.families import group_tensors, natural_key, stack_of, tied_head
 from .checkpoints.formats import FLOATS
-from .checkpoints.source import ModelFolder
+from .checkpoints.source import Checkpoint
 from .errors import IncompatibleModelsError, RecipeError
 from .methods import Method
 from .recipe import merged_models
@@ -23,7 +23,7 @@ class Input:
     """One model of a part of the output: the place of its first block there, and its own parameters."""
 
     model: str
-    reader: ModelFolder
+    reader: Checkpoint
     first: int
     parameters: Settings
 
@@ -65,7 +65,7 @@ class Match:
 class Layout:
     """The names of a model's tensors by place: those outside the blocks, and for each block what follows its number."""
 
-    def __init__(self, reader: ModelFolder) -> None:
+    def __init__(self, reader: Checkpoint) -> None:
         self.reader = reader
         self.stack = stack_of(reader.tensors)
         self.outside: set[str] = set()
@@ -100,7 +100,7 @@ class Layout:
         return found
 
 
-def _refuse(faults: Sequence[str], models: Sequence[ModelFolder]) -> None:
+def _refuse(faults: Sequence[str], models: Sequence[Checkpoint]) -> None:
     """Raise IncompatibleModelsError if there are faults, all of them counted and the first of them told."""
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
@@ -122,7 +122,7 @@ def _difference(name: str, ours: TensorSpec, label: str, other_name: str, theirs
     return None
 
 
-def _compared(reference: ModelFolder, other: ModelFolder, names: Sequence[str], theirs: Sequence[str]) -> list[str]:
+def _compared(reference: Checkpoint, other: Checkpoint, names: Sequence[str], theirs: Sequence[str]) -> list[str]:
     """Every difference between tensors of two models that stand side by side: names[i] of one, theirs[i] of the other."""
     faults = []
     for name, other_name in zip(names, theirs, strict=True):
@@ -136,7 +136,7 @@ def _compared(reference: ModelFolder, other: ModelFolder, names: Sequence[str], 
     return faults
 
 
-def _unknown_floats(model: ModelFolder) -> list[str]:
+def _unknown_floats(model: Checkpoint) -> list[str]:
     return [
         f"'{spec.name}' of {model.label} has dtype {spec.dtype}"
         for spec in model.tensors.values()
@@ -144,7 +144,7 @@ def _unknown_floats(model: ModelFolder) -> list[str]:
     ]
 
 
-def check_same_tensors(reference: ModelFolder, others: Sequence[ModelFolder]) -> None:
+def check_same_tensors(reference: Checkpoint, others: Sequence[Checkpoint]) -> None:
     """Every model has the tensors of `reference`, in the same shapes; raises IncompatibleModelsError naming every difference."""
     faults: list[str] = []
     for other in others:
@@ -153,7 +153,7 @@ def check_same_tensors(reference: ModelFolder, others: Sequence[ModelFolder]) ->
     _refuse(faults + _unknown_floats(reference), [reference, *others])
 
 
-def donor_of(recipe: Recipe, readers: Mapping[str, ModelFolder]) -> ModelFolder:
+def donor_of(recipe: Recipe, readers: Mapping[str, Checkpoint]) -> Checkpoint:
     """The model whose config and tokenizer the output has: the base, else the first model."""
     return readers[recipe.base_model if recipe.base_model is not None else recipe.models[0].model]
 
@@ -164,7 +164,7 @@ def _takes_base(recipe: Recipe, method: Method, base: str | None) -> bool:
     return needed and base is not None
 
 
-def _whole(recipe: Recipe, method: Method, readers: Mapping[str, ModelFolder], with_base: bool) -> Part:
+def _whole(recipe: Recipe, method: Method, readers: Mapping[str, Checkpoint], with_base: bool) -> Part:
     """The one part of a merge of whole models."""
     donor = donor_of(recipe, readers)
 
@@ -183,7 +183,7 @@ def _whole(recipe: Recipe, method: Method, readers: Mapping[str, ModelFolder], w
     )
 
 
-def _slice(recipe: Recipe, method: Method, cut: Slice, readers: Mapping[str, ModelFolder], with_base: bool) -> Part:
+def _slice(recipe: Recipe, method: Method, cut: Slice, readers: Mapping[str, Checkpoint], with_base: bool) -> Part:
     """The part that a slice makes."""
     sources = {
         source.model: Input(source.model, readers[source.model], source.layers[0], source.parameters)
@@ -256,7 +256,7 @@ def _check_slices(donor: Layout, parts: Sequence[Part], layouts: Mapping[str, La
 
 
 def match_tensors(
-    recipe: Recipe, method: Method, readers: Mapping[str, ModelFolder], *, with_base: bool
+    recipe: Recipe, method: Method, readers: Mapping[str, Checkpoint], *, with_base: bool
 ) -> tuple[Match, ...]:
     """Every tensor of the output with its inputs, sorted by name; `with_base`: the base is read whatever the method.
 

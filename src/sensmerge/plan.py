@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from .checkpoints.families import group_tensors, tied_head
 from .checkpoints.formats import DTYPES, FLOATS, ITEM_SIZES
-from .checkpoints.source import ModelFolder
+from .checkpoints.source import Checkpoint
 from .checkpoints.writer import Shard, split_into_shards
 from .errors import RecipeError
 from .matching import Match, match_tensors
@@ -18,8 +18,9 @@ from .rules.compute import coefficient
 from .settings import LAMBDA, resolve
 
 
-def _output_spec(spec: TensorSpec, dtype: str | None) -> TensorSpec:
-    return spec if dtype is None or spec.dtype not in FLOATS else TensorSpec(spec.name, DTYPES[dtype], spec.shape)
+def _output_spec(match: Match, dtype: str | None) -> TensorSpec:
+    stored = match.part.reference.reader.stored_dtype(match.reference)
+    return TensorSpec(match.spec.name, stored if dtype is None else DTYPES[dtype], match.spec.shape)
 
 
 class _Groups:
@@ -82,7 +83,7 @@ def _tensor_plan(
     weights = per_model.pop(WEIGHT.name, (1.0,) * len(match.experts))
     own_scale = float(one(LAMBDA)) if method.adds and scale is None else 1.0
     return TensorPlan(
-        spec=_output_spec(match.spec, dtype),
+        spec=_output_spec(match, dtype),
         group=group,
         base=match.base,
         experts=match.experts,
@@ -164,7 +165,7 @@ def _check_global_scope(recipe: Recipe, tensors: Sequence[TensorPlan]) -> None:
 
 def make_plan(
     recipe: Recipe,
-    readers: Mapping[str, ModelFolder],
+    readers: Mapping[str, Checkpoint],
     *,
     coefficients: Coefficients | None,
     scale: float | None,
@@ -204,7 +205,7 @@ def inputs_of(tensor: TensorPlan) -> Iterator[TensorInput]:
         yield tensor.base
 
 
-def _bytes(reader: ModelFolder, each: TensorInput) -> int:
+def _bytes(reader: Checkpoint, each: TensorInput) -> int:
     spec = reader.tensors[each.tensor]
     return spec.elements * ITEM_SIZES[spec.dtype]
 

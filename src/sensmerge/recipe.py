@@ -18,7 +18,7 @@ from .yamlfile import Section, read_yaml
 
 TOP_LEVEL = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "chat_template", "sens",
+    "chat_template", "sens", "allow",
 )  # fmt: skip
 # mergekit's keys that would change a merge and are not built yet: refused by name.
 UNSUPPORTED = ("modules", "merge_parameters")
@@ -266,6 +266,16 @@ def _chat_template(top: Section) -> str | None:
     return template
 
 
+def _allowed(top: Section) -> frozenset[str]:
+    """The checks that `allow:` switches off: a list of names."""
+    names = top.value("allow")
+    if names is None:
+        return frozenset()
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise top.error("`allow:` must be a list of names", top.line_of("allow"), "write `allow: [rope_theta]`")
+    return frozenset(names)
+
+
 def _scale(top: Section, shared: Settings, slices: Sequence[Slice]) -> float | str | None:
     """λ as the recipe names it: `auto`, its value without filters, or None."""
     levels = [level for level in (shared, *(part.parameters for part in slices)) if LAMBDA.name in level]
@@ -339,6 +349,7 @@ def load_recipe(path: str | Path) -> Recipe:
         sens=sens,
         tokenizer_source=_tokenizer_source(top, read),
         chat_template=_chat_template(top),
+        allow=_allowed(top),
     )
     check_sens(recipe, method)
     return recipe

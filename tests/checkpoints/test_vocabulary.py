@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sensmerge.checkpoints.source import ModelFolder
+from sensmerge.checkpoints.folder import ModelFolder
 from sensmerge.checkpoints.vocabulary import check_same_chat_template, check_same_vocabulary, token_ids
 from sensmerge.errors import IncompatibleModelsError, InputFileError
 from tests.builders import byte_tokenizer, write_checkpoint

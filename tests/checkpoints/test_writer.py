@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import sensmerge.checkpoints.writer as writer_module
+from sensmerge.checkpoints.folder import ModelFolder
 from sensmerge.checkpoints.formats import FLOATS, ITEM_SIZES
-from sensmerge.checkpoints.source import ModelFolder
 from sensmerge.checkpoints.writer import Shard, ShardWriter, output_config, split_into_shards, write_index
 from sensmerge.errors import ResourceError
 from sensmerge.records import TensorSpec

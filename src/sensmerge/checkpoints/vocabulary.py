@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import IncompatibleModelsError, InputFileError
-from .source import ModelFolder
+from .source import Checkpoint
 
 SHOWN_TOKENS = 4
 
@@ -88,17 +88,17 @@ def _differences(ours: Mapping[str, int], theirs: Mapping[str, int], one: str, o
     return [f"{token!r} is {told(ours.get(token), one)}, {told(theirs.get(token), other)}" for token in unlike]
 
 
-def check_same_vocabulary(models: Sequence[ModelFolder]) -> None:
+def check_same_vocabulary(models: Sequence[Checkpoint]) -> None:
     """Every model gives its tokens the same ids; raises IncompatibleModelsError naming the first tokens that differ.
 
     Compared is the map of tokens to ids, or, where one of two models has none, the bytes of tokenizer.model. A model with
     neither is not compared, nor are two models that have no kind of file in common.
     """
-    known: list[tuple[ModelFolder, dict[str, int] | None, str | None]] = []
+    known: list[tuple[Checkpoint, dict[str, int] | None, str | None]] = []
     for model in models:
-        sentencepiece = _hash(model.path / "tokenizer.model")
-        same = next((entry for entry in known if _same_files(entry[0].path, model.path)), None)
-        ids = token_ids(model.path) if same is None else same[1]
+        sentencepiece = _hash(model.tokenizer_path / "tokenizer.model")
+        same = next((entry for entry in known if _same_files(entry[0].tokenizer_path, model.tokenizer_path)), None)
+        ids = token_ids(model.tokenizer_path) if same is None else same[1]
         for other, other_ids, other_pieces in known:
             if ids is not None and other_ids is not None:
                 if ids is not other_ids and ids != other_ids:
@@ -113,7 +113,7 @@ def check_same_vocabulary(models: Sequence[ModelFolder]) -> None:
         known.append((model, ids, sentencepiece))
 
 
-def _unlike(one: ModelFolder, other: ModelFolder, why: str, count: int | None) -> IncompatibleModelsError:
+def _unlike(one: Checkpoint, other: Checkpoint, why: str, count: int | None) -> IncompatibleModelsError:
     tokens = "" if count is None else f": {count} token(s) differ"
     return IncompatibleModelsError(
         f"the tokenizers of these models differ{tokens}",
@@ -139,11 +139,11 @@ def _template(folder: Path) -> str | None:
     return None
 
 
-def check_same_chat_template(models: Sequence[ModelFolder], donor: ModelFolder) -> None:
+def check_same_chat_template(models: Sequence[Checkpoint], donor: Checkpoint) -> None:
     """Every model that has a chat template has that of `donor`; raises IncompatibleModelsError for `chat_template: auto`."""
-    ours = _template(donor.path)
+    ours = _template(donor.tokenizer_path)
     for model in models:
-        theirs = _template(model.path)
+        theirs = _template(model.tokenizer_path)
         if theirs is not None and theirs != ours:
             raise IncompatibleModelsError(
                 "`chat_template: auto` with models of unlike chat templates is not supported yet",

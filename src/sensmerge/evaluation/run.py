@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import progress
-from ..checkpoints.source import ModelFolder, tokenizer_hashes
+from ..checkpoints.folder import ModelFolder
+from ..checkpoints.source import tokenizer_hashes
 from ..errors import EvaluationError
 from ..records import Scores, TaskScore, hash_of
 from .tasks import TASKS, Item, Task

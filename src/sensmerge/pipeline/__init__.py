@@ -15,17 +15,9 @@ from ..rules.compute import compute
 from ..rules.presets import preset
 from ..sens_block import checked_setting, settings_of
 from .calibrating import Calibration, calibrate_models, profiles_folder
+from .checking import check_output, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config
-from .merging import (
-    SHARD_BYTES,
-    MergeResult,
-    check_output,
-    check_tokenizers,
-    merge,
-    seeded,
-    tell_unmatched_filters,
-    versions,
-)
+from .merging import SHARD_BYTES, MergeResult, merge, seeded, versions
 from .models import expert_names, open_models
 from .weighing import coefficients_of, measurements, needs_calibration, preset_scale, sized
 

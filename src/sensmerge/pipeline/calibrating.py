@@ -14,7 +14,7 @@ from .. import progress
 from ..calibration.samples import draw, encode_samples, read_samples
 from ..checkpoints.families import group_tensors
 from ..checkpoints.formats import to_float32
-from ..checkpoints.source import ModelFolder, tokenizer_hashes
+from ..checkpoints.source import Checkpoint, tokenizer_hashes
 from ..distances import DISTANCES
 from ..errors import CalibrationDataError, InputFileError
 from ..matching import check_same_tensors
@@ -81,7 +81,7 @@ def _picked(settings: SensSettings, keys: Sequence[str]) -> dict[str, object]:
 
 def _profile_inputs(recipe: Recipe, models: RecipeModels, index: int, data: Path, fingerprint: str) -> str:
     settings = settings_of(recipe)
-    folder = models.experts[index].path
+    folder = models.experts[index].tokenizer_path
     base = models.base.fingerprint() if settings.score == "task_vector" and models.base is not None else None
     return hash_of(
         "profile 1",
@@ -94,7 +94,7 @@ def _profile_inputs(recipe: Recipe, models: RecipeModels, index: int, data: Path
     )
 
 
-def _score(name: str, expert: ModelFolder, base: ModelFolder | None) -> Reduce:
+def _score(name: str, expert: Checkpoint, base: Checkpoint | None) -> Reduce:
     import torch
 
     from ..calibration.sensitivity import fisher_score, task_vector_score, weight_score
@@ -105,7 +105,7 @@ def _score(name: str, expert: ModelFolder, base: ModelFolder | None) -> Reduce:
         return weight_score
     assert base is not None
 
-    def read(source: ModelFolder, tensor: str) -> Any:
+    def read(source: Checkpoint, tensor: str) -> Any:
         spec = source.tensors[tensor]
         return to_float32(source.read(tensor, 0, spec.elements), spec.dtype).reshape(spec.shape)
 
@@ -221,7 +221,7 @@ def _profile_or_samples(
     from ..calibration.models import load_tokenizer
 
     drawn = draw(read_samples(data, source.fields), settings.samples, settings.seed)
-    samples = encode_samples(load_tokenizer(expert.path), drawn, settings, data)
+    samples = encode_samples(load_tokenizer(expert.tokenizer_path), drawn, settings, data)
     if samples.truncated:
         cut = f"{samples.truncated} of {len(samples.rows)} samples were cut to {settings.max_length} tokens"
         progress.message(f"{name}: {cut}")

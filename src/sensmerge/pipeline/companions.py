@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..checkpoints.families import stack_of
-from ..checkpoints.source import TOKENIZER_FILES, ModelFolder
+from ..checkpoints.source import TOKENIZER_FILES, Checkpoint
 from ..checkpoints.stacked_config import stacked_config
 from ..checkpoints.writer import output_config
 from ..records import Recipe
@@ -27,7 +27,7 @@ def output_model_config(recipe: Recipe, models: RecipeModels) -> dict[str, objec
     return stacked_config(config, pieces, label=models.donor.label)
 
 
-def tokenizer_donor(recipe: Recipe, models: RecipeModels) -> ModelFolder:
+def tokenizer_donor(recipe: Recipe, models: RecipeModels) -> Checkpoint:
     """The model whose tokenizer files the merged model has."""
     return models.donor if recipe.tokenizer_source is None else models.readers[recipe.tokenizer_source]
 
@@ -36,7 +36,7 @@ def write_companions(recipe: Recipe, models: RecipeModels, staging: Path) -> Non
     """Write config.json, generation_config.json and the tokenizer's files: the donor's, or the tokenizer that the recipe names."""
     config = output_model_config(recipe, models)
     (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tokenizer = tokenizer_donor(recipe, models).path
+    tokenizer = tokenizer_donor(recipe, models).tokenizer_path
     for folder, name in [
         (models.donor.path, "generation_config.json"),
         *((tokenizer, name) for name in TOKENIZER_FILES),

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from .. import progress
 from ..checkpoints.families import group_tensors
-from ..checkpoints.vocabulary import check_same_chat_template, check_same_vocabulary
 from ..checkpoints.writer import write_failure
-from ..errors import OutputError, RecipeError
+from ..errors import RecipeError
 from ..execution.run import execute
 from ..methods import METHODS
-from ..plan import make_plan, unmatched_filters
+from ..plan import make_plan
 from ..recipe import with_seed
 from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_atomically
 from ..report.model_card import model_card
@@ -28,8 +27,9 @@ from ..rules.compute import applied
 from ..sens_block import check_coefficients_apply
 from ..settings import as_written, without_filters
 from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
-from .companions import output_model_config, tokenizer_donor, write_companions
-from .models import RecipeModels, named_files, open_models
+from .checking import check_output, check_tokenizers, tell_unmatched_filters
+from .companions import output_model_config, write_companions
+from .models import RecipeModels, open_models
 from .weighing import coefficients_of, needs_calibration, preset_scale, sized
 
 SHARD_BYTES = 5_000_000_000
@@ -57,59 +57,6 @@ class _Prepared:
     coefficients: Coefficients | None
     scale_record: Scale | None
     plan: MergePlan
-
-
-def _refuse_output(what: str, out: Path, why: str, fix: str = "choose another output folder") -> OutputError:
-    return OutputError(what, where=str(out), why=why, fix=fix)
-
-
-def check_output(recipe: Recipe, models: RecipeModels, out: Path, folder: Path, overwrite: bool) -> None:
-    """Raise OutputError unless `out` is absent, empty, or may be overwritten; never if it holds anything this merge reads.
-
-    `folder` is where the calibration is kept.
-    """
-    target = out.resolve()
-    for model in models.all:
-        if target == model.path or target in model.path.parents or model.path in target.parents:
-            raise _refuse_output(
-                "the output folder would overwrite a model of the recipe",
-                out,
-                f"it is, holds, or lies in the folder of '{model.label}'",
-            )
-    if out.exists() and not out.is_dir():
-        raise _refuse_output("the output exists and is no folder", out, "a file is in its place", "choose another name")
-    if target == Path.cwd() or target.is_mount():
-        raise _refuse_output(
-            "the output folder cannot be renamed into place",
-            out,
-            "it is the current folder, or a disk is mounted there",
-            f"sensmerge merge {recipe.path} {out / 'merged'}",
-        )
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    for needed in (recipe.path, folder, *named_files(recipe)):
-        if target in needed.resolve().parents or target == needed.resolve():
-            raise _refuse_output("the output folder holds what this merge needs", out, f"{needed} lies in it")
-    if not overwrite:
-        raise _refuse_output(
-            "the output folder is not empty",
-            out,
-            "nothing that exists is overwritten unless you say so",
-            f"choose another folder, or replace all of this one: sensmerge merge {recipe.path} {out} --overwrite",
-        )
-
-
-def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
-    """All models share one vocabulary, and where the recipe asks for it one template; raises IncompatibleModelsError."""
-    check_same_vocabulary(models.all)
-    if recipe.chat_template == "auto":
-        check_same_chat_template(models.all, tokenizer_donor(recipe, models))
-
-
-def tell_unmatched_filters(recipe: Recipe, plan: MergePlan) -> None:
-    """Warn of filters that no tensor's name contains: what stands beside them changes nothing."""
-    for each in unmatched_filters(recipe, plan):
-        progress.warning(f"{recipe.where()}: `filter: {each}` is part of no tensor's name, so its value is not used")
 
 
 def seeded(recipe: Recipe, seed: int | None) -> Recipe:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ..checkpoints.locate import locate
-from ..checkpoints.source import ModelFolder
-from ..errors import CalibrationDataError, RecipeError
+from ..checkpoints.opening import Opening
+from ..checkpoints.source import Checkpoint
+from ..errors import CalibrationDataError, Faults, RecipeError
 from ..matching import donor_of
 from ..methods import METHODS
 from ..records import Recipe, SensSource
@@ -36,11 +36,11 @@ class RecipeModels:
     `base` is the recipe's base_model; `donor` is where config and tokenizer come from: the base, else the first model.
     """
 
-    base: ModelFolder | None
-    experts: tuple[ModelFolder, ...]
+    base: Checkpoint | None
+    experts: tuple[Checkpoint, ...]
     names: tuple[str, ...]
-    readers: Mapping[str, ModelFolder]
-    donor: ModelFolder
+    readers: Mapping[str, Checkpoint]
+    donor: Checkpoint
 
     def __enter__(self) -> RecipeModels:
         return self
@@ -53,7 +53,7 @@ class RecipeModels:
                 stack.callback(model.close)
 
     @property
-    def all(self) -> tuple[ModelFolder, ...]:
+    def all(self) -> tuple[Checkpoint, ...]:
         """Every model once: the base, if there is one, then the experts, then bases of slices."""
         return tuple(self.readers.values())
 
@@ -63,20 +63,23 @@ def search_folders(recipe: Recipe) -> list[Path]:
     return [recipe.path.resolve().parent, Path.cwd()]
 
 
-def open_models(recipe: Recipe) -> RecipeModels:
-    """Find and open every model of `recipe`; reads configs and headers.
+def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
+    """Find and open every model of `recipe`; reads configs and headers, and tells the faults of all models at once.
 
-    Raises InputFileError or IncompatibleModelsError, RecipeError where two names lead to one folder.
+    Raises InputFileError or IncompatibleModelsError, RecipeError where two names lead to one model.
     """
-    folders = search_folders(recipe)
-    places = {} if recipe.base_model is None else {recipe.base_model: f"base_model in {recipe.where()}"}
-    for expert in recipe.models:
-        places.setdefault(expert.model, recipe.where(expert.line))
-    for part in recipe.slices:
-        if part.base_model is not None:
-            places.setdefault(part.base_model, recipe.where(part.line))
-    readers = {model: ModelFolder(locate(model, folders, where=where), model) for model, where in places.items()}
-    _check_one_name_each(recipe, readers, places)
+    opening = Opening(search_folders(recipe), recipe.allow, allow_pickle)
+    readers: dict[str, Checkpoint] = {}
+    places = _places_of_models(recipe)
+    faults = Faults()
+    with ExitStack() as opened:
+        for model, where in places.items():
+            with faults.gathered():
+                readers[model] = opening.open(model, where=where)
+                opened.callback(readers[model].close)
+        faults.raise_all()
+        _check_one_name_each(recipe, readers, places)
+        opened.pop_all()
     return RecipeModels(
         base=None if recipe.base_model is None else readers[recipe.base_model],
         experts=tuple(readers[expert.model] for expert in recipe.models),
@@ -86,22 +89,33 @@ def open_models(recipe: Recipe) -> RecipeModels:
     )
 
 
-def _check_one_name_each(recipe: Recipe, readers: Mapping[str, ModelFolder], places: Mapping[str, str]) -> None:
+def _places_of_models(recipe: Recipe) -> dict[str, str]:
+    """Every model of the recipe once, with the place that names it: the base, the experts, bases of slices."""
+    places = {} if recipe.base_model is None else {recipe.base_model: f"base_model in {recipe.where()}"}
+    for expert in recipe.models:
+        places.setdefault(expert.model, recipe.where(expert.line))
+    for part in recipe.slices:
+        if part.base_model is not None:
+            places.setdefault(part.base_model, recipe.where(part.line))
+    return places
+
+
+def _check_one_name_each(recipe: Recipe, readers: Mapping[str, Checkpoint], places: Mapping[str, str]) -> None:
     """No model is merged twice under two names, nor is a base that task vectors are taken from merged under another."""
     member = METHODS.get(recipe.merge_method, where=recipe.where()).base == "member"
     merged = {expert.model for expert in recipe.models}
-    seen: dict[Path, str] = {}
+    seen: dict[tuple[Path, ...], str] = {}
     for model, reader in readers.items():
         if member and model not in merged:
             continue
-        if reader.path in seen:
+        if reader.folders in seen:
             raise RecipeError(
-                f"'{model}' and '{seen[reader.path]}' are one folder",
+                f"'{model}' and '{seen[reader.folders]}' are one model",
                 where=places[model],
                 why="each model counts once, and the base has no task vector",
                 fix="remove one of the two",
             )
-        seen[reader.path] = model
+        seen[reader.folders] = model
 
 
 def _places(recipe: Recipe, name: str) -> list[Path]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..checkpoints.families import group_tensors
+from ..checkpoints.source import parameters_of
 from ..errors import InputFileError
 from ..records import Alignment, Coefficients, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
@@ -87,7 +88,7 @@ def sized(recipe: Recipe, models: RecipeModels) -> Recipe:
     settings = recipe.sens
     if settings is None or not PRESETS[settings.preset].by_size:
         return recipe
-    scale, temperature = PRESETS[settings.preset].for_size(models.donor.parameters)
+    scale, temperature = PRESETS[settings.preset].for_size(parameters_of(models.donor))
     sens = settings if settings.temperature is not None else replace(settings, temperature=temperature)
     return replace(recipe, sens=sens, lambda_=scale if recipe.lambda_ is None else recipe.lambda_)
 

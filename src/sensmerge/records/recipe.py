@@ -93,6 +93,7 @@ class Recipe:
     `models:`. `lambda_` is a number, "auto", or None where neither the recipe nor its preset names one; a λ that differs between
     tensors stands in `parameters` and here with its value without filters. `parameters` are the top level's. `tokenizer_source`
     is the model whose tokenizer is written, where it is not that of the config's; `chat_template` is None or `auto`.
+    `allow` are the names of checks that the user switched off: a config key that may differ, or one of sensmerge's own.
     """
 
     path: Path
@@ -108,6 +109,7 @@ class Recipe:
     sens: SensSettings | None
     tokenizer_source: str | None = None
     chat_template: str | None = None
+    allow: frozenset[str] = frozenset()
 
     def where(self, line: int | None = None) -> str:
         """The recipe's path, with a line number if one is known: for messages."""
