@@ -27,4 +27,8 @@ class Opening:
 
         Raises InputFileError naming every place that was tried, IncompatibleModelsError for formats that cannot be merged.
         """
-        return ModelFolder(locate(name, self.folders, where=where), name)
+        return ModelFolder(self.folder(name, where=where), name)
+
+    def folder(self, name: str, *, where: str) -> Path:
+        """The folder on this machine that `name` means. Raises InputFileError naming every place that was tried."""
+        return locate(name, self.folders, where=where)
