@@ -17,14 +17,6 @@ def locate(name: str, folders: Sequence[Path], *, where: str) -> Path:
     found = next((path for path in tried if path.is_dir()), None)
     if found is not None:
         return found.resolve()
-    base, _, adapter = name.partition("+")
-    if adapter and any((folder / Path(base).expanduser()).is_dir() for folder in folders):
-        raise InputFileError(
-            f"'{name}' names a LoRA adapter on a base, which is not supported yet",
-            where=where,
-            why="only full checkpoints can be read",
-            fix="merge the adapter with PEFT's `merge_and_unload()`, save the model, and give that folder",
-        )
     places = ", ".join(dict.fromkeys(str(path) for path in tried))
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     local = Path(name).name.partition("@")[0]

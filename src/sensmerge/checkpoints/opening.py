@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .folder import ModelFolder
 from .locate import locate
+from .lora.loading import is_bare_adapter, open_adapted, split_name
 from .source import Checkpoint
 
 
@@ -23,11 +24,18 @@ class Opening:
     allow_pickle: bool = False
 
     def open(self, name: str, *, where: str) -> Checkpoint:
-        """The model that `name` means; reads config and headers. `where` says which line asked for it.
+        """The model that `name` means: a folder, `base+adapter`, or an adapter's folder alone; reads config and headers.
 
-        Raises InputFileError naming every place that was tried, IncompatibleModelsError for formats that cannot be merged.
+        `where` says which line asked for it. Raises InputFileError naming every place that was tried, IncompatibleModelsError for
+        formats that cannot be merged and adapters of another base.
         """
-        return ModelFolder(self.folder(name, where=where), name)
+        parts = split_name(name, self.folders)
+        if parts is not None:
+            return open_adapted(self, parts[0], self.folder(parts[1], where=where), name, where=where)
+        folder = self.folder(name, where=where)
+        if is_bare_adapter(folder):
+            return open_adapted(replace(self, folders=[*self.folders, folder]), None, folder, name, where=where)
+        return ModelFolder(folder, name)
 
     def folder(self, name: str, *, where: str) -> Path:
         """The folder on this machine that `name` means. Raises InputFileError naming every place that was tried."""

@@ -1,0 +1,75 @@
+"""Whether a base is the one that an adapter was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ... import progress
+from ...errors import IncompatibleModelsError
+from ..source import Checkpoint
+from .config import AdapterConfig
+
+ALLOW = "adapter_base"
+
+
+def check_base(
+    config: AdapterConfig,
+    base: Checkpoint,
+    name: str,
+    folders: Sequence[Path],
+    open_model: Callable[[Path], Checkpoint],
+) -> None:
+    """`base` is what the adapter was trained on; raises IncompatibleModelsError otherwise.
+
+    Compared are folders, else (where the adapter names a folder that exists) fingerprints, else the last components of the names.
+    """
+    if config.base is None:
+        progress.message(
+            f"{name}: its adapter_config.json names no base, so nothing tells whether this is the right one"
+        )
+        return
+    place = next((path for folder in folders if (path := folder / Path(config.base).expanduser()).is_dir()), None)
+    if place is not None:
+        if place.resolve() == base.path.resolve():
+            return
+        trained = open_model(place)
+        try:
+            if trained.fingerprint() == base.fingerprint():
+                return
+        finally:
+            trained.close()
+        raise _refused(
+            config, base, name, f"it was trained on {config.base}, whose weights differ from those of {base.label}"
+        )
+    named, _, label_revision = base.label.partition("@")
+    names = {
+        _last(named),
+        _last(str(base.path)),
+        _last(str(base.config.get("_name_or_path") or "")),
+        _cached(base.path),
+    }
+    if _last(config.base.partition("@")[0]) not in names - {""}:
+        raise _refused(config, base, name, f"it was trained on {config.base}, and the base given is {base.label}")
+    if config.revision is not None and label_revision and label_revision != config.revision:
+        why = f"it was trained on revision {config.revision} of {config.base}, and the base given is {base.label}"
+        raise _refused(config, base, name, why)
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].casefold()
+
+
+def _cached(path: Path) -> str:
+    """The model's name in the hub's cache (models--org--name/snapshots/…); empty elsewhere."""
+    parts = [part for part in path.parts if part.startswith("models--")]
+    return parts[-1].rpartition("--")[2].casefold() if parts else ""
+
+
+def _refused(config: AdapterConfig, base: Checkpoint, name: str, why: str) -> IncompatibleModelsError:
+    return IncompatibleModelsError(
+        f"the adapter of '{name}' was trained on another base",
+        where=str(config.path),
+        why=why,
+        fix=f"write the base that it names, or, if both are one model, add `allow: [{ALLOW}]` to the recipe",
+    )
