@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import calibrate, coefficients, demo, evaluate, listing, merge
+from . import calibrate, coefficients, demo, evaluate, extract_lora, listing, merge
 from .terminal import fail, listening_terminal
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("coefficients")(coefficients.coefficients)
 app.command("merge")(merge.merge)
 app.command("evaluate")(evaluate.evaluate)
+app.command("extract-lora")(extract_lora.extract_lora)
 app.command("list")(listing.listing)
 
 

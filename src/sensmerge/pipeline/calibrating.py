@@ -163,7 +163,7 @@ def _published_profile(recipe: Recipe, models: RecipeModels, index: int, name: s
     wrong = [
         fault
         for fault, bad in (
-            (f"it was made from another model than {expert.path}", profile.fingerprint != expert.fingerprint()),
+            (f"it was made from another model than {expert.label}", profile.fingerprint != expert.fingerprint()),
             (f"it has loss: {profile.loss}, the recipe {settings.loss}", profile.loss != settings.loss),
             (f"it has score: {profile.score}, the recipe {settings.score}", profile.score != settings.score),
             (f"its layers are not the groups of group: {settings.group}", profile.layers != groups),
@@ -234,10 +234,11 @@ def _measured(
     """The profile, measured now if it was pending, and kept in `folder`."""
     if isinstance(found, SensitivityProfile):
         return found
-    from ..calibration.models import choose_device, load_model
+    from ..calibration.experts import load_expert
+    from ..calibration.models import choose_device
 
     expert, name = models.experts[found.index], models.names[found.index]
-    model = load_model(expert.path, choose_device(device), settings.compute_dtype)
+    model = load_expert(expert, choose_device(device), settings.compute_dtype)
     profile = _make_profile(models, found.index, found.samples, settings, found.fingerprint, found.inputs, model)
     profile.save(folder / "profiles" / f"{name}.json")
     return profile
@@ -293,12 +294,13 @@ def calibrate_models(recipe: Recipe, models: RecipeModels, folder: Path, device:
     if kept is not None:
         return Calibration(profiles, kept)
     from ..calibration.alignment import pairwise_distances
-    from ..calibration.models import choose_device, load_model
+    from ..calibration.experts import load_expert
+    from ..calibration.models import choose_device
 
     tasks = [calibration_set(profile) for profile in profiles]
     chosen = choose_device(device)
     per_sample = pairwise_distances(
-        lambda index: load_model(models.experts[index].path, chosen, settings.compute_dtype),
+        lambda index: load_expert(models.experts[index], chosen, settings.compute_dtype),
         models.names,
         tasks,
         DISTANCES.get(settings.distance, where="sens.distance"),

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import progress
-from ..calibration.models import load_model, non_finite, out_of_memory_told
+from ..calibration.experts import load_expert
+from ..calibration.models import non_finite, out_of_memory_told
 from ..calibration.sensitivity import checkpoint_names, sample_loss
-from ..checkpoints.source import TensorSource
+from ..checkpoints.source import Checkpoint, TensorSource
 from ..execution.run import updates
 from ..records import CalibrationSet, MergePlan, Scale
 
@@ -86,7 +86,7 @@ def mean_loss(model: Any, samples: CalibrationSet, *, label: str) -> float:
 def choose_scale(
     plan: MergePlan,
     readers: Mapping[str, TensorSource],
-    base_folder: Path,
+    base: Checkpoint,
     tasks: Mapping[str, CalibrationSet],
     *,
     device: str,
@@ -98,7 +98,7 @@ def choose_scale(
     `plan` must belong to a method that adds; its own λ is not used. `readers` are the models it reads, by `model:` string. Cost:
     17 forward passes over all samples.
     """
-    model = load_model(base_folder, device, compute_dtype)
+    model = load_expert(base, device, compute_dtype)
     names = set(checkpoint_names(model, [tensor.spec.name for tensor in plan.tensors]).values())
     with out_of_memory_told("lambda: auto, which holds the base, a copy of it and the update"):
         formed = updates(plan, readers, names, device=device)
