@@ -29,7 +29,7 @@ class Opening:
         `where` says which line asked for it. Raises InputFileError naming every place that was tried, IncompatibleModelsError for
         formats that cannot be merged and adapters of another base.
         """
-        parts = split_name(name, self.folders)
+        parts = split_name(name, self.folders, where=where)
         if parts is not None:
             return open_adapted(self, parts[0], self.folder(parts[1], where=where), name, where=where)
         folder = self.folder(name, where=where)

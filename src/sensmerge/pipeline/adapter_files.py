@@ -74,6 +74,7 @@ class Saved:
         for module in skeleton.modules:
             if module.endswith(tuple(owners)):
                 self.tensors |= dict(skeleton.stored_in(module))
+        self.biases = {name: written for name, written in self.biases.items() if name not in self.tensors}
         # A tied head is saved beside its embedding, and PEFT told to keep the two tied.
         self.twins = {name: skeleton.twins[name] for name in self.tensors if name in skeleton.twins}
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .. import progress
 from ..checkpoints.families import Grouping, group_tensors, natural_key
 from ..checkpoints.formats import FLOATS, is_finite, to_float32
@@ -23,8 +20,6 @@ from .adapter_files import Factors, Floats, Saved, write_adapter
 
 if TYPE_CHECKING:
     from ..calibration.modules import Skeleton
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

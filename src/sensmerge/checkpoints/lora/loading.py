@@ -27,10 +27,11 @@ def is_bare_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and not any((folder / name).exists() for name in _MODEL_FILES)
 
 
-def split_name(name: str, folders: Sequence[Path]) -> tuple[str, str] | None:
+def split_name(name: str, folders: Sequence[Path], *, where: str) -> tuple[str, str] | None:
     """The base and the adapter in `base+adapter`; None for the name of one model.
 
-    A folder whose own name has a '+' wins; where there are several, the one that leaves two folders divides, else the first.
+    A folder whose own name has a '+' wins; of several '+' the one that leaves two folders divides. Raises InputFileError if none
+    does.
     """
 
     def exists(part: str) -> bool:
@@ -40,7 +41,15 @@ def split_name(name: str, folders: Sequence[Path]) -> tuple[str, str] | None:
     cuts = [(base, adapter) for base, adapter in cuts if base and adapter]
     if not cuts or exists(name):
         return None
-    return next((cut for cut in cuts if exists(cut[0]) and exists(cut[1])), cuts[0])
+    found = next((cut for cut in cuts if exists(cut[0]) and exists(cut[1])), None)
+    if found is None and len(cuts) > 1:
+        raise InputFileError(
+            f"'{name}' is no base with one adapter",
+            where=where,
+            why="one adapter can be added to a model at a time, and no '+' stands between two folders",
+            fix="merge the first adapter into its base with `sensmerge merge`, and write that folder before the last `+`",
+        )
+    return found or cuts[0]
 
 
 def weights_file(folder: Path, name: str) -> Path:
