@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ from sensmerge.checkpoints.lora.adapted import AdaptedModel
 from sensmerge.checkpoints.opening import Opening
 from sensmerge.checkpoints.source import Checkpoint
 from sensmerge.errors import IncompatibleModelsError, InputFileError, SensmergeError
-from tests.adapters import edit_config, merged_by_peft, save_adapter, save_base, tiny_qwen2
+from tests.adapters import edit_config, load, merged_by_peft, save_adapter, save_base, tiny_qwen2
 from tests.builders import tiny_gpt2, tiny_llama
 
 
@@ -252,7 +253,7 @@ def test_a_head_that_is_tied_and_saved_twice(tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "one", modules_to_save=["embed_tokens"])
     assert "embed_tokens" in refused(tmp_path, "base+one").why
     save_adapter(base, tmp_path / "adapted", target_modules=["lm_head"])
-    assert "it adapts 'lm_head.weight'" in refused(tmp_path, "base+adapted").why
+    assert "it adapts 'lm_head'" in refused(tmp_path, "base+adapted").why
 
 
 # ---------------------------------------------------------------------------------------------------------- which base
@@ -405,7 +406,13 @@ def test_what_is_no_plain_lora_is_refused_by_name(copied: Path, changes: dict[st
     error = refused(copied, "base+adapter")
     assert error.exit_code == 4
     assert told in error.why
-    assert "merge_and_unload" in error.fix
+    remedies = {
+        "alora": "leave this adapter out",
+        "use_qalora": "leave",
+        "corda": "path_initial",
+        "loftq": "path_initial",
+    }
+    assert next((fix for key, fix in remedies.items() if key in told), "merge_and_unload") in error.fix
 
 
 def test_all_settings_that_are_refused_are_told_at_once(copied: Path) -> None:
@@ -424,16 +431,69 @@ def test_the_settings_of_lora_that_peft_knows_are_all_dealt_with(made: Path) -> 
     assert {field.name for field in fields(LoraConfig)} <= known
 
 
-def test_the_fix_for_dora_works(copied: Path) -> None:
-    """The command of the message makes a model that can be merged, and it is PEFT's."""
-    save_adapter(copied / "base", copied / "dora", use_dora=True)
-    error = refused(copied, "base+dora")
+def pasted(error: SensmergeError) -> str:
+    """Run the command of a fix; returns the model that it says to give instead."""
     [code] = re.findall(r'python -c "(.*)"$', error.fix)
     [out] = re.findall(r"give `(.*)` instead", error.fix)
-    exec(code)
-    model, expected = opened(out, copied), merged_by_peft(copied / "base", copied / "dora")
+    exec(code, {})
+    return str(out)
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"target_modules": ["embed_tokens"]}], ids=["DoRA", "embedding"])
+def test_the_fix_for_variants_works(copied: Path, kind: dict[str, Any]) -> None:
+    """The command of the message makes a model that can be merged, and it is PEFT's."""
+    save_adapter(copied / "base", copied / "variant", **kind)
+    model = opened(pasted(refused(copied, "base+variant")), copied)
+    expected = merged_by_peft(copied / "base", copied / "variant")
     for name in model.tensors:
         assert torch.equal(values(model, name), expected[name].float())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["factors", "head", "embedding"],
+)
+def test_the_fix_for_tied_heads_works(tmp_path: Path, kind: dict[str, Any]) -> None:
+    """The command parts the two ends and writes the model that was trained: the logits are those of the adapter unmerged."""
+    base = save_base(tiny_llama(tie_word_embeddings=True), tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter", **kind)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        trained = PeftModel.from_pretrained(load(base), str(tmp_path / "adapter"))(ids).logits
+        model = load(Path(pasted(refused(tmp_path, "base+adapter"))))
+        torch.testing.assert_close(model(ids).logits, trained, rtol=1e-4, atol=1e-4)
+    assert "lm_head.weight" in opened("adapter-merged", tmp_path).tensors
+
+
+def test_the_fix_for_another_vocabulary_works(tmp_path: Path) -> None:
+    """An adapter that was trained after `resize_token_embeddings` and holds both ends."""
+    base = save_base(tiny_llama(), tmp_path / "base")
+    resized = load(base)
+    resized.resize_token_embeddings(264)
+    resized.save_pretrained(tmp_path / "resized")
+    save_adapter(tmp_path / "resized", tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
+    edit_config(tmp_path / "adapter", base_model_name_or_path=str(base))
+    error = refused(tmp_path, "base+adapter")
+    assert "[264, 16]" in error.why
+    model, expected = opened(pasted(error), tmp_path), merged_by_peft(tmp_path / "resized", tmp_path / "adapter")
+    for name in model.tensors:
+        torch.testing.assert_close(values(model, name), expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_factors_on_a_layer_that_is_stored_in_full(tmp_path: Path) -> None:
+    """PEFT stores the weight under an adapted head too: that one counts, not the base's."""
+    base = save_base(tiny_llama(), tmp_path / "base")
+    file = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"]) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.base_layer.weight"] += 0.5
+    save_file(tensors, file)
+    expected = merged_by_peft(base, tmp_path / "adapter")["lm_head.weight"]
+    torch.testing.assert_close(values(adapted(tmp_path), "lm_head.weight"), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_fix_for_pickled_adapters_works(copied: Path) -> None:

@@ -19,6 +19,7 @@ from ..source import TOKENIZER_FILES, Checkpoint, Wrapped
 from .changes import Change, Changes
 from .config import AdapterConfig
 from .factors import AdapterFile, Floats, add_product
+from .remedies import merging_command
 
 # The base is read and widened in pieces of this many elements.
 PIECE = 1 << 16
@@ -32,18 +33,22 @@ class AdaptedModel(Wrapped):
     Memory: the adapter's factors of a few tensors, whatever the number of layers. Cost: 2·r float32 operations an element.
     """
 
-    def __init__(self, inner: Checkpoint, config: AdapterConfig, file: AdapterFile, label: str, fix: str) -> None:
+    def __init__(self, inner: Checkpoint, config: AdapterConfig, file: AdapterFile, label: str) -> None:
         super().__init__(inner)
         self._label, self._file, self._folder = label, file, file.path.parent.resolve()
         found = Changes(file.tensors, inner.tensors, inner.config, config)
-        if not found.faults:
-            found.faults += self._unlike_twins(found)
-        if found.faults:
+        unlike = [] if found.faults else self._unlike_twins(found)
+        faults = found.faults + unlike
+        if faults:
+            merging = merging_command(inner.path, self._folder, untie=found.unties or bool(unlike), rows=found.rows)
+            other = (
+                f"write the base it was trained on ({config.base}) before the `+`, or save the adapter again with PEFT"
+            )
             raise IncompatibleModelsError(
-                f"the adapter of '{label}' cannot be added to its base: {len(found.faults)} fault(s)",
+                f"the adapter of '{label}' cannot be added to its base: {len(faults)} fault(s)",
                 where=str(file.path),
-                why="; ".join(found.faults),
-                fix=fix,
+                why="; ".join(faults),
+                fix=other if found.misfits else merging,
             )
         self.changes: Mapping[str, Change] = found.by_tensor
         self._tensors = {

@@ -63,7 +63,8 @@ class _Names:
 class Changes:
     """What an adapter changes, by tensor of the base, and every fault that was found on the way.
 
-    `twins` are full tensors for a tied head that the base does not store: they must equal the embedding's.
+    `twins` are full tensors for the two ends of a tied matrix, which must be equal. Of the faults `misfits` says that some
+    cannot be helped on this base, `unties` that two ends of one matrix part; `rows` is the size of another vocabulary, if not 0.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Changes:
         self.by_tensor: dict[str, Change] = {}
         self.twins: list[tuple[str, str]] = []
         self.faults: list[str] = []
+        self.misfits, self.unties, self.rows = False, False, 0
         self._factors: dict[str, dict[str, str]] = {}
         self._full: dict[str, str] = {}
         self._sort()
@@ -94,20 +96,21 @@ class Changes:
             bare = name.removeprefix(_PREFIX)
             found = _FACTOR.match(bare)
             if spec.dtype not in FLOATS:
-                self.faults.append(f"'{name}' has dtype {spec.dtype}")
+                self._misfit(f"'{name}' has dtype {spec.dtype}")
             elif found is not None:
                 module = found["module"].removesuffix(".base_layer")
                 part = f"{found['factor'][0]}.{found['factor'].rpartition('.')[2]}"
                 if part in self._factors.setdefault(module, {}):
-                    self.faults.append(f"'{name}': the file holds more than one adapter")
+                    self._misfit(f"'{name}': the file holds more than one adapter")
                 self._factors[module][part] = name
             elif "lora_" in bare or "original_module" in bare:
                 what = next((what for key, what in _KNOWN.items() if key in bare), "not a LoRA's")
                 self.faults.append(f"'{name}' is {what}, which is not supported")
+                self.misfits |= what == "not a LoRA's"
             else:
                 full = re.sub(r"\.modules_to_save(\.default)?\.", ".", bare.replace(".base_layer.", "."))
                 if full in self._full:
-                    self.faults.append(f"'{name}': the file holds this tensor twice")
+                    self._misfit(f"'{name}': the file holds this tensor twice")
                 self._full[full] = name
 
     def _tied_full(self) -> set[str]:
@@ -116,16 +119,19 @@ class Changes:
             return set()
         heads = [name for name in self._full if role_outside(name) == "lm_head"]
         embeddings = [name for name in self._full if _is_token_embedding(name)]
-        heads += [f"{module}.weight" for module in self._factors if role_outside(f"{module}.") == "lm_head"]
-        adapted = [head for head in heads if head.removesuffix(".weight") in self._factors]
+        adapted = [module for module in self._factors if role_outside(f"{module}.") == "lm_head"]
         if adapted:
+            self.unties = True
             self.faults.append(f"it adapts '{adapted[0]}', which the base ties to the embedding")
-            return {self._full[name] for name in (*heads, *embeddings) if name in self._full}
+            for module in adapted:
+                del self._factors[module]
+            return {self._full[name] for name in (*heads, *embeddings)}
         if not (heads or embeddings):
             return set()
         if len(heads) == len(embeddings) == 1:
             self.twins.append((self._full[embeddings[0]], self._full[heads[0]]))
         elif not self._config.ties:
+            self.unties = True
             self.faults.append(
                 f"it replaces '{(embeddings or heads)[0]}' alone, which the base ties to its other end; PEFT keeps that as it was"
             )
@@ -139,9 +145,9 @@ class Changes:
     def _replace(self, full: str, name: str) -> None:
         stored = self._names.find(full)
         if stored is None:
-            self.faults.append(f"'{name}' has no counterpart in the base")
+            self._misfit(f"'{name}' has no counterpart in the base")
         elif stored in self.by_tensor:
-            self.faults.append(f"'{name}': '{stored}' of the base is changed twice")
+            self._misfit(f"'{name}': '{stored}' of the base is changed twice")
         else:
             self._check_shape(name, self._adapter[name].shape, stored)
             self.by_tensor[stored] = Change(replaced=name)
@@ -150,15 +156,15 @@ class Changes:
         shown = next(iter(parts.values()))
         missing = {"A.weight", "B.weight"} - parts.keys()
         if missing:
-            self.faults.append(f"'{shown}' lacks its other factor")
+            self._misfit(f"'{shown}' lacks its other factor")
             return
         stored = self._names.find(f"{module}.weight")
         if stored is None:
-            self.faults.append(f"'{shown}' has no counterpart in the base")
+            self._misfit(f"'{shown}' has no counterpart in the base")
             return
         before = self.by_tensor.get(stored, Change())
         if before.a is not None:
-            self.faults.append(f"'{shown}': '{stored}' of the base is changed twice")
+            self._misfit(f"'{shown}': '{stored}' of the base is changed twice")
             return
         a, b = parts["A.weight"], parts["B.weight"]
         flipped = self._fit(module, a, b, stored)
@@ -173,16 +179,16 @@ class Changes:
         shape, rank = self._base[stored].shape, self._config.rank(module)
         a_shape, b_shape = self._adapter[a].shape, self._adapter[b].shape
         if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != b_shape[1]:
-            self.faults.append(f"'{a}' {list(a_shape)} and '{b}' {list(b_shape)} are no two factors")
+            self._misfit(f"'{a}' {list(a_shape)} and '{b}' {list(b_shape)} are no two factors")
             return None
         if a_shape[0] != rank:
-            self.faults.append(f"'{a}' has rank {a_shape[0]}, adapter_config.json says {rank}")
+            self._misfit(f"'{a}' has rank {a_shape[0]}, adapter_config.json says {rank}")
             return None
         forms = [((b_shape[0], a_shape[1]), False), ((a_shape[1], b_shape[0]), True)]
         fitting = [flipped for form, flipped in forms if form == shape]
         if not fitting or self._base[stored].dtype not in FLOATS:
             kind = f"{self._base[stored].dtype} {list(shape)}"
-            self.faults.append(f"'{a}' and '{b}' give {list(forms[0][0])}, '{stored}' of the base is {kind}")
+            self._misfit(f"'{a}' and '{b}' give {list(forms[0][0])}, '{stored}' of the base is {kind}")
             return None
         if len(fitting) == 1:
             return fitting[0]
@@ -192,16 +198,27 @@ class Changes:
     def _add_bias(self, name: str, full: str, scale: float) -> None:
         stored = self._names.find(full)
         if stored is None:
-            self.faults.append(f"'{name}' has no counterpart in the base")
+            self._misfit(f"'{name}' has no counterpart in the base")
             return
         self._check_shape(name, self._adapter[name].shape, stored)
         before = self.by_tensor.get(stored, Change())
         self.by_tensor[stored] = Change(before.replaced, None, None, name, scale)
 
+    def _misfit(self, fault: str) -> None:
+        self.misfits = True
+        self.faults.append(fault)
+
     def _check_shape(self, name: str, shape: tuple[int, ...], stored: str) -> None:
         spec = self._base[stored]
-        if shape != spec.shape or spec.dtype not in FLOATS:
-            self.faults.append(f"'{name}' is {list(shape)}, '{stored}' of the base is {spec.dtype} {list(spec.shape)}")
+        if shape == spec.shape and spec.dtype in FLOATS:
+            return
+        fault = f"'{name}' is {list(shape)}, '{stored}' of the base is {spec.dtype} {list(spec.shape)}"
+        ends = _is_token_embedding(stored) or role_outside(stored) == "lm_head"
+        if ends and len(shape) == 2 and shape[1:] == spec.shape[1:]:
+            self.rows = shape[0]
+            self.faults.append(fault)
+        else:
+            self._misfit(fault)
 
 
 def _is_token_embedding(name: str) -> bool:

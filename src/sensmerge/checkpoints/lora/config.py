@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import InputFileError
 
@@ -44,13 +44,29 @@ _REFUSED = {
 }
 # These start from factors whose product is zero; every other way takes something out of the base when it starts.
 _PLAIN_STARTS = (None, True, False, "true", "gaussian", "eva", "orthogonal")
+# What not even PEFT can merge: it acts on a part of a text, on quantised layers, or at random.
+_NEVER_MERGED = {"alora_invocation_tokens", "use_qalora", "arrow_config", "monteclora_config", "megatron_config"}
+_PROMPTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "XLORA",
+    "POLY",
+)
+# PEFT repeats pissa's and olora's start when it loads them; these need data or a quantised base for that.
+_STARTS_WITH_DATA = ("corda", "loftq", "lora_ga")
+
+Remedy = Literal["merge", "convert", "leave"]
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """The parts of adapter_config.json that decide the merged weights, and the base it names.
 
-    `refused` are the settings that make it more than a plain LoRA, as half-sentences.
+    `refused` are the settings that make it more than a plain LoRA, as half-sentences; `remedy` is what can be done about them.
     """
 
     path: Path
@@ -64,6 +80,7 @@ class AdapterConfig:
     fan_in_fan_out: bool
     ties: bool
     refused: tuple[str, ...]
+    remedy: Remedy
 
     def rank(self, module: str) -> int:
         """The rank of a module's factors, by the first pattern that matches the end of its name (PEFT's rule)."""
@@ -117,6 +134,7 @@ def read_config(folder: Path) -> AdapterConfig:
         fan_in_fan_out=bool(data.get("fan_in_fan_out")),
         ties=bool(data.get("ensure_weight_tying")),
         refused=tuple(_refusals(data)),
+        remedy=_remedy(data),
     )
 
 
@@ -133,6 +151,12 @@ def _refusals(data: Mapping[str, Any]) -> list[str]:
     # A setting that is off in a later PEFT changes nothing.
     faults += [f"`{key}: {json.dumps(data[key])}` is not known here" for key in unknown if data[key]]
     return faults
+
+
+def _remedy(data: Mapping[str, Any]) -> Remedy:
+    if data.get("peft_type") in _PROMPTS or any(data.get(key) for key in _NEVER_MERGED):
+        return "leave"
+    return "convert" if str(data.get("init_lora_weights")).lower().startswith(_STARTS_WITH_DATA) else "merge"
 
 
 def _pattern(data: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

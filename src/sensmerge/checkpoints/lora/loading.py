@@ -13,6 +13,7 @@ from .adapted import AdaptedModel, adapted_model
 from .base import ALLOW, check_base
 from .config import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterConfig, read_config
 from .factors import AdapterFile
+from .remedies import converting_command, remedy
 
 _MODEL_FILES = (
     "model.safetensors",
@@ -64,16 +65,11 @@ def weights_file(folder: Path, name: str) -> Path:
     file = folder / WEIGHTS_FILE
     pickled = folder / PICKLE_FILE
     if not file.is_file() and pickled.is_file():
-        convert = (
-            "import torch; from safetensors.torch import save_file; "
-            f"save_file({{k: v.clone().contiguous() for k, v in torch.load({str(pickled)!r}, map_location='cpu',"
-            f" weights_only=True).items()}}, {str(file)!r})"
-        )
         raise InputFileError(
             f"the adapter '{name}' has no safetensors weights",
             where=str(pickled),
             why="pickle files can run code when read",
-            fix=f'python -c "{convert}"',
+            fix=converting_command(pickled, file),
         )
     if not file.is_file():
         raise InputFileError(
@@ -83,17 +79,6 @@ def weights_file(folder: Path, name: str) -> Path:
             fix="save the adapter again with PEFT's `save_pretrained(folder)`",
         )
     return file
-
-
-def merging_command(base: Path, adapter: Path) -> str:
-    """What to do about an adapter that cannot be read here: have PEFT merge it."""
-    out = f"{adapter}-merged"
-    code = (
-        "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
-        f"P.from_pretrained(M.from_pretrained({str(base)!r}, dtype='auto'), {str(adapter)!r})"
-        f".merge_and_unload().save_pretrained({out!r})"
-    )
-    return f'have PEFT merge it, and give `{out}` instead: python -c "{code}"'
 
 
 class Opens(Protocol):
@@ -123,10 +108,12 @@ def open_adapted(opening: Opens, base: str | None, adapter: Path, name: str, *, 
     file = weights_file(adapter, name)
     config = read_config(adapter)
     folder = _base_folder(opening, config, name, where) if base is None else opening.folder(base, where=where)
-    fix = merging_command(folder, adapter)
     if config.refused:
         raise IncompatibleModelsError(
-            f"the adapter of '{name}' is no plain LoRA", where=str(config.path), why="; ".join(config.refused), fix=fix
+            f"the adapter of '{name}' is no plain LoRA",
+            where=str(config.path),
+            why="; ".join(config.refused),
+            fix=remedy(config, folder, adapter),
         )
     tensors = AdapterFile(file)
     model = opening.open(str(folder) if base is None else base, where=where) if not is_bare_adapter(folder) else None
@@ -140,7 +127,7 @@ def open_adapted(opening: Opens, base: str | None, adapter: Path, name: str, *, 
     try:
         if base is not None and ALLOW not in opening.allow:
             check_base(config, model, name, [*opening.folders, adapter], lambda at: opening.open(str(at), where=where))
-        return AdaptedModel(model, config, tensors, name, fix)
+        return AdaptedModel(model, config, tensors, name)
     except BaseException:
         model.close()
         raise
