@@ -18,7 +18,7 @@ from ..formats import FLOATS, to_float32
 from ..source import TOKENIZER_FILES, Checkpoint, Wrapped
 from .changes import Change, Changes
 from .config import AdapterConfig
-from .factors import AdapterFile, Floats, add_product
+from .factors import AdapterFile, Floats, add_product, widen
 from .remedies import merging_command
 
 # The base is read and widened in pieces of this many elements.
@@ -84,11 +84,13 @@ class AdaptedModel(Wrapped):
             return
         values = out.view(np.float32)
         if change.replaced is not None:
-            values[:] = self._file.values(change.replaced)[start : start + len(values)]
+            values[:] = self._file.values(change.replaced, start, len(values))
         else:
             self._read_base(name, start, values)
         if change.added is not None:
-            values += np.float32(change.scale) * self._file.values(change.added)[start : start + len(values)]
+            # What overflows is found, and told by name, where every input is looked over.
+            with np.errstate(all="ignore"):
+                values += np.float32(change.scale) * self._file.values(change.added, start, len(values))
         if change.a is not None and change.b is not None:
             # W is B·A; a Conv1D keeps its transpose, Aᵀ·Bᵀ.
             first, second = (change.a, change.b) if change.flipped else (change.b, change.a)
@@ -106,7 +108,10 @@ class AdaptedModel(Wrapped):
         for at in range(0, len(values), PIECE):
             piece = raw[: min(PIECE, len(values) - at)]
             self.inner.read_into(name, start + at, piece.view(np.uint8))
-            values[at : at + len(piece)] = to_float32(piece, dtype)
+            if dtype == "BF16":
+                widen(piece, values[at : at + len(piece)])
+            else:
+                values[at : at + len(piece)] = to_float32(piece, dtype)
 
     def fingerprint(self) -> str:
         """See Checkpoint: that of the base, the bytes of the adapter, and what each of its tensors does."""
@@ -122,8 +127,15 @@ class AdaptedModel(Wrapped):
         return [
             f"'{one}' and '{other}' differ, and the base ties them"
             for one, other in found.twins
-            if not np.array_equal(self._file.values(one), self._file.values(other))
+            if not self._equal(one, other)
         ]
+
+    def _equal(self, one: str, other: str) -> bool:
+        elements = self._file.tensors[one].elements
+        parts = [(at, min(PIECE, elements - at)) for at in range(0, elements, PIECE)]
+        return self._file.tensors[one].shape == self._file.tensors[other].shape and all(
+            np.array_equal(self._file.values(one, *part), self._file.values(other, *part)) for part in parts
+        )
 
 
 def adapted_model(checkpoint: Checkpoint) -> AdaptedModel | None:

@@ -59,20 +59,38 @@ def add_product(first: int, rows: Any, columns: Any, scale: float, values: Any) 
         done += size
 
 
+@kernel
+def widen(raw: Any, values: Any) -> None:
+    """values = the bf16 numbers whose bits are raw (uint16), exactly."""
+    for i in range(values.shape[0]):
+        values[i] = np.uint32(np.uint32(raw[i]) << np.uint32(16)).view(np.float32)
+
+
 class AdapterFile:
-    """The tensors of adapter_model.safetensors, read whole as float32; the last few are kept. May be used from several threads."""
+    """The tensors of adapter_model.safetensors as float32; the last few factors are kept. May be used from several threads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stored: dict[str, StoredTensor] = {tensor.spec.name: tensor for tensor in read_header(path)}
         self.tensors: Mapping[str, TensorSpec] = {name: stored.spec for name, stored in self._stored.items()}
-        self._kept: OrderedDict[tuple[str, tuple[str, bool] | None], Floats] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, tuple[str, bool]], Floats] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def values(self, name: str) -> Floats:
-        """A tensor, flat float32."""
-        return self._kept_or(name, None)
+    def values(self, name: str, start: int, count: int) -> Floats:
+        """`count` elements of a tensor from element `start` on, flat."""
+        stored = self._stored[name]
+        held = np.dtype(FLOATS[stored.spec.dtype])
+        raw = np.empty(count * held.itemsize, np.uint8)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(stored.offset + start * held.itemsize)
+                got = file.readinto(raw.data)
+        except OSError as error:
+            raise self._changed(name, str(error)) from error
+        if got != len(raw):
+            raise self._changed(name, f"{len(raw) - got} bytes are missing")
+        return to_float32(raw.view(held), stored.spec.dtype)
 
     def rows(self, name: str, *, transposed: bool) -> Floats:
         """A factor as [size, ranks], zeros filling the ranks to a multiple of 4; `transposed`: it is stored as [ranks, size]."""
@@ -82,7 +100,7 @@ class AdapterFile:
         """A factor as [ranks, size], filled likewise; `transposed`: it is stored as [size, ranks]."""
         return self._kept_or(name, ("columns", transposed))
 
-    def _kept_or(self, name: str, form: tuple[str, bool] | None) -> Floats:
+    def _kept_or(self, name: str, form: tuple[str, bool]) -> Floats:
         """From memory, else from the file; the longest unused leave when there are too many bytes."""
         with self._lock:
             found = self._kept.get((name, form))
@@ -94,30 +112,15 @@ class AdapterFile:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes
             return found
 
-    def _formed(self, name: str, form: tuple[str, bool] | None) -> Floats:
-        values = self._read(name)
-        if form is None:
-            return values
+    def _formed(self, name: str, form: tuple[str, bool]) -> Floats:
         kind, transposed = form
-        matrix = values.reshape(self.tensors[name].shape)
+        spec = self.tensors[name]
+        matrix = self.values(name, 0, spec.elements).reshape(spec.shape)
         matrix = matrix.T if transposed else matrix
         ranks = matrix.shape[1] if kind == "rows" else matrix.shape[0]
         spare = -ranks % TOGETHER
         padding = ((0, 0), (0, spare)) if kind == "rows" else ((0, spare), (0, 0))
         return np.ascontiguousarray(np.pad(matrix, padding))
-
-    def _read(self, name: str) -> Floats:
-        stored = self._stored[name]
-        raw = np.empty(stored.size, np.uint8)
-        try:
-            with self.path.open("rb") as file:
-                file.seek(stored.offset)
-                got = file.readinto(raw.data)
-        except OSError as error:
-            raise self._changed(name, str(error)) from error
-        if got != stored.size:
-            raise self._changed(name, f"{stored.size - got} bytes are missing")
-        return to_float32(raw.view(FLOATS[stored.spec.dtype]), stored.spec.dtype)
 
     def _changed(self, name: str, why: str) -> InputFileError:
         return InputFileError(
