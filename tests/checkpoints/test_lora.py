@@ -314,6 +314,14 @@ def test_bases_are_known_by_name_where_the_named_one_is_not_here(
         assert named in refused(copied, f"{given}+adapter").why
 
 
+def test_a_named_folder_without_a_model_is_no_base(copied: Path) -> None:
+    """Its name is all that can be compared then."""
+    (copied / "org" / "base").mkdir(parents=True)
+    edit_config(copied / "adapter", base_model_name_or_path="org/base")
+    assert isinstance(adapted(copied), AdaptedModel)
+    assert "org/base" in refused(copied, "another+adapter").why
+
+
 def test_an_equal_copy_of_the_base_is_the_base(copied: Path) -> None:
     shutil.copytree(copied / "base", copied / "copy")
     assert opened("copy+adapter", copied).fingerprint() == adapted(copied).fingerprint()

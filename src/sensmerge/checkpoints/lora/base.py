@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ... import progress
-from ...errors import IncompatibleModelsError
+from ...errors import IncompatibleModelsError, SensmergeError
 from ..source import Checkpoint
 from .config import AdapterConfig
 
@@ -30,18 +30,18 @@ def check_base(
         )
         return
     place = next((path for folder in folders if (path := folder / Path(config.base).expanduser()).is_dir()), None)
-    if place is not None:
-        if place.resolve() == base.path.resolve():
-            return
-        trained = open_model(place)
+    if place is not None and place.resolve() == base.path.resolve():
+        return
+    trained = None if place is None else _opened(place, open_model)
+    if trained is not None:
         try:
-            if trained.fingerprint() == base.fingerprint():
-                return
+            same = trained.fingerprint() == base.fingerprint()
         finally:
             trained.close()
-        raise _refused(
-            config, base, name, f"it was trained on {config.base}, whose weights differ from those of {base.label}"
-        )
+        if not same:
+            why = f"it was trained on {config.base}, whose weights differ from those of {base.label}"
+            raise _refused(config, base, name, why)
+        return
     named, _, label_revision = base.label.partition("@")
     names = {
         _last(named),
@@ -54,6 +54,14 @@ def check_base(
     if config.revision is not None and label_revision and label_revision != config.revision:
         why = f"it was trained on revision {config.revision} of {config.base}, and the base given is {base.label}"
         raise _refused(config, base, name, why)
+
+
+def _opened(place: Path, open_model: Callable[[Path], Checkpoint]) -> Checkpoint | None:
+    """The model in a folder that an adapter names; None if there is none by now, so that only the name can be compared."""
+    try:
+        return open_model(place)
+    except SensmergeError:
+        return None
 
 
 def _last(name: str) -> str:
