@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import calibrate, coefficients, demo, evaluate, listing, merge
+from . import calibrate, check, coefficients, demo, diff, evaluate, listing, merge
 from .terminal import fail, listening_terminal
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("coefficients")(coefficients.coefficients)
 app.command("merge")(merge.merge)
+app.command("check")(check.check)
+app.command("diff")(diff.diff)
 app.command("evaluate")(evaluate.evaluate)
 app.command("list")(listing.listing)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from ..execution.run import execute
 from ..methods import METHODS
 from ..plan import make_plan
 from ..recipe import with_seed
-from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_atomically
+from ..records import Coefficients, MergePlan, MergeRecord, Recipe, Scale, hash_of
 from ..report.model_card import model_card
 from ..rules.compute import applied
 from ..sens_block import check_coefficients_apply
@@ -30,6 +29,7 @@ from .calibrating import Calibration, calibrate_models, calibration_set, kept_re
 from .checking import check_output, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config, write_companions
 from .models import RecipeModels, open_models
+from .tracing import RECORD, companion_hashes, searched
 from .weighing import coefficients_of, needs_calibration, preset_scale, sized
 
 SHARD_BYTES = 5_000_000_000
@@ -220,21 +220,23 @@ def _describe(
         prepared.scale_record.save(records / "scale.json")
     method = METHODS.get(recipe.merge_method, where=recipe.where())
     levels = [recipe.parameters, *(part.parameters for part in recipe.slices)]
-    merge = {
-        "schema": 2,
-        "method": recipe.merge_method,
-        "parameters": as_written(recipe.parameters),
-        "lambda": prepared.plan.scale if method.adds else None,
-        "random_seed": int(without_filters(levels, method.by_name["seed"]) or 0) if method.draws else None,
-        "inputs": {model.label: model.fingerprint() for model in models.all},
-        "outputs": dict(hashes),
-        "versions": versions(),
-        "seed": None if recipe.sens is None else recipe.sens.seed,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(seconds, 3),
-        "warnings": [] if coefficients is None else coefficients.warnings,
-    }
-    write_atomically(records / "merge.json", json.dumps(merge, indent=2, ensure_ascii=False) + "\n")
+    record = MergeRecord(
+        schema=MergeRecord.SCHEMA,
+        method=recipe.merge_method,
+        parameters=as_written(recipe.parameters),
+        lambda_=prepared.plan.scale if method.adds else None,
+        random_seed=int(without_filters(levels, method.by_name["seed"]) or 0) if method.draws else None,
+        inputs={model.label: model.fingerprint() for model in models.all},
+        searched=searched(recipe, models.readers, staging),
+        outputs=dict(hashes),
+        files=companion_hashes(staging),
+        versions=versions(),
+        seed=None if recipe.sens is None else recipe.sens.seed,
+        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        seconds=round(seconds, 3),
+        warnings=[] if coefficients is None else list(coefficients.warnings),
+    )
+    record.save(staging / RECORD)
 
 
 def merge(
