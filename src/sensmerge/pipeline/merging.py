@@ -18,7 +18,7 @@ from ..checkpoints.writer import write_failure
 from ..errors import RecipeError
 from ..execution.run import execute
 from ..methods import METHODS
-from ..plan import make_plan
+from ..plan import SHARD_BYTES, make_plan
 from ..recipe import with_seed
 from ..records import Coefficients, MergePlan, MergeRecord, Recipe, Scale, hash_of
 from ..report.model_card import model_card
@@ -32,7 +32,6 @@ from .models import RecipeModels, open_models
 from .tracing import RECORD, companion_hashes, searched
 from .weighing import coefficients_of, needs_calibration, preset_scale, sized
 
-SHARD_BYTES = 5_000_000_000
 VERSIONED = ("sensmerge", "numpy", "torch", "transformers", "safetensors")
 
 
@@ -202,9 +201,9 @@ def versions() -> dict[str, str]:
 
 
 def _describe(
-    prepared: _Prepared, models: RecipeModels, staging: Path, hashes: Mapping[str, str], seconds: float
+    prepared: _Prepared, models: RecipeModels, out: Path, staging: Path, hashes: Mapping[str, str], seconds: float
 ) -> None:
-    """The model card, the recipe, and everything under sensmerge/."""
+    """The model card, the recipe, and everything under sensmerge/, in `staging`, which becomes `out`."""
     recipe, coefficients = prepared.recipe, prepared.coefficients
     (staging / "README.md").write_text(model_card(recipe, coefficients, prepared.plan.scale), encoding="utf-8")
     (staging / "sensmerge.yml").write_text(recipe.text, encoding="utf-8")
@@ -227,9 +226,9 @@ def _describe(
         lambda_=prepared.plan.scale if method.adds else None,
         random_seed=int(without_filters(levels, method.by_name["seed"]) or 0) if method.draws else None,
         inputs={model.label: model.fingerprint() for model in models.all},
-        searched=searched(recipe, models.readers, staging),
+        searched=searched(recipe, models.readers, out),
         outputs=dict(hashes),
-        files=companion_hashes(staging),
+        companions=companion_hashes(staging),
         versions=versions(),
         seed=None if recipe.sens is None else recipe.sens.seed,
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -269,7 +268,7 @@ def merge(
         with staging_folder(out) as staging:
             hashes = execute(prepared.plan, models.readers, staging, jobs=jobs, device=device)
             write_companions(recipe, models, staging)
-            _describe(prepared, models, staging, hashes, time.monotonic() - started)
+            _describe(prepared, models, out, staging, hashes, time.monotonic() - started)
     return MergeResult(
         out, prepared.plan, prepared.coefficients, prepared.plan.scale, hashes, time.monotonic() - started
     )

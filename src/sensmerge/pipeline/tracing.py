@@ -51,7 +51,7 @@ def companion_hashes(folder: Path) -> dict[str, str]:
 
 
 def searched(recipe: Recipe, labels: Iterable[str], folder: Path) -> list[str]:
-    """The folders that lead from the relative paths among `labels` to models, relative to the merged model in (or beside) `folder`.
+    """The folders that lead from the relative paths among `labels` to models, relative to `folder`, the merged model's.
 
     Relative, so that recipe, models and result can be moved together; a merge of hub ids names no folder at all.
     """

@@ -94,7 +94,7 @@ def check(
         elif not {RECIPE, COEFFICIENTS} & changed:
             inputs = checking.compare(_recipe_of(folder, record, models_in, recipe), holders, chosen, allow_pickle)
     checking.faults.raise_all()
-    files = (*record.outputs, *record.files)
+    files = (*record.outputs, *record.companions)
     return CheckResult(
         folder, files, read, inputs, tuple(sorted(chosen)), len(holders), seed, time.monotonic() - started
     )
@@ -113,7 +113,7 @@ def _read_record(folder: Path) -> MergeRecord:
 
 def _check_files(folder: Path, record: MergeRecord, faults: Faults) -> tuple[set[str], int]:
     """The files that are missing or changed, and the bytes that were hashed; every fault is gathered."""
-    expected = {**record.outputs, **record.files}
+    expected = {**record.outputs, **record.companions}
     present = {name: (folder / name).stat().st_size for name in expected if (folder / name).is_file()}
     wrong = set()
     with progress.task("hashing", sum(present.values())) as advance:
@@ -244,7 +244,7 @@ def _check_fingerprint(model: Checkpoint, record: MergeRecord) -> None:
 def _plan_again(folder: Path, record: MergeRecord, recipe: Recipe, models: RecipeModels) -> MergePlan:
     """The plan that the merge had, with its coefficients and its λ."""
     recipe = sized(recipe, models)
-    coefficients = Coefficients.load(folder / COEFFICIENTS) if COEFFICIENTS in record.files else None
+    coefficients = Coefficients.load(folder / COEFFICIENTS) if COEFFICIENTS in record.companions else None
     scale = record.lambda_ if recipe.lambda_ == "auto" else preset_scale(recipe)
     return make_plan(recipe, models.readers, coefficients=coefficients, scale=scale, shard_bytes=_ONE_FILE)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .record import Record
@@ -13,9 +13,10 @@ class MergeRecord(Record):
     """What `sensmerge check` starts from; it stands in the merged model's folder.
 
     `inputs` are the fingerprints of all models by their `model:` strings, `outputs` the XXH3-128 (hex) of every file of weights,
-    `files` that of every file beside them but the model card and this record. `searched` are the folders in which the recipe's
+    `companions` that of every file beside them but the model card and this record. `searched` are the folders in which the recipe's
     relative paths were found, relative to the merged model's folder. `lambda_` is null where the method has none;
     `random_seed` is that of the method's draws, `seed` that of the calibration samples.
+    `identity` and `files` (sizes) are what a merge knows its own complete work by, null and empty where nothing was written.
     """
 
     SCHEMA: ClassVar[int] = 3
@@ -28,9 +29,11 @@ class MergeRecord(Record):
     inputs: dict[str, str]
     searched: list[str]
     outputs: dict[str, str]
-    files: dict[str, str]
+    companions: dict[str, str]
     versions: dict[str, str]
     seed: int | None
     finished: str
     seconds: float
     warnings: list[str]
+    identity: str | None = None
+    files: dict[str, int] = field(default_factory=dict)
