@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import calibrate, check, coefficients, demo, diff, evaluate, listing, merge, plan
+from . import calibrate, check, coefficients, demo, diff, evaluate, init, listing, merge, plan
 from .terminal import fail, listening_terminal
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("coefficients")(coefficients.coefficients)
+app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("merge")(merge.merge)
 app.command("check")(check.check)

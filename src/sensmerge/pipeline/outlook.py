@@ -53,8 +53,9 @@ class CalibrationStep:
 class Outlook:
     """All that is known of a merge before it begins. Sizes are bytes, `seconds` is a guess (None where it cannot be made).
 
-    `bytes_again` of the inputs are read more than once; `scratch_bytes` lie beside the output until it is complete;
-    `free_bytes` is what the disk of `out` has; `out` is a folder beside the recipe where `assumed`. `calibration` is empty without `sens:`; its time is not in `seconds`.
+    `bytes_again` of the inputs are read more than once; `scratch_bytes` lie beside the output until it is complete; `free_bytes` is
+    what the disk of `out` has, a folder beside the recipe where `assumed`. `calibration` is empty without `sens:`, and its time is
+    not in `seconds`.
     """
 
     recipe: Path
