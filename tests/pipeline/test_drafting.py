@@ -126,7 +126,9 @@ def test_unlike_tokenizers_bring_their_policy(here: Path) -> None:
 def test_the_dtype_is_that_of_most_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("base", "a"):
-        write_checkpoint(tmp_path / name, {"model.layers.0.w": torch.ones(9, 9).bfloat16(), "model.norm.weight": torch.ones(9)})
+        write_checkpoint(
+            tmp_path / name, {"model.layers.0.w": torch.ones(9, 9).bfloat16(), "model.norm.weight": torch.ones(9)}
+        )
     assert draft("base", ["a"], "r.yml").recipe.dtype == "bfloat16"
 
 

@@ -60,11 +60,10 @@ def show(found: Outlook) -> None:
         print("parameters  " + ", ".join(f"{name} {_value(value)}" for name, value in found.settings.items()))
     again = f", and {size_text(found.cost.bytes_again)} of it once more" if found.cost.bytes_again else ""
     print(f"reads       {size_text(plan.bytes_read)}{again}")
-    to = "" if found.assumed else f" to {found.out}"
-    beside = "the recipe, if it is written there," if found.assumed else "it"
+    to, there = ("", "beside the recipe") if found.assumed else (f" to {found.out}", "there")
     print(f"writes      {size_text(plan.bytes_written)} in {len(plan.shards)} file(s){to}")
     print(
-        f"disk        {size_text(found.scratch_bytes)} beside {beside} until it is complete; {size_text(found.free_bytes)} are free"
+        f"disk        {size_text(found.scratch_bytes)} while it is written; {size_text(found.free_bytes)} are free {there}"
     )
     print(f"memory      about {size_text(found.cost.peak_bytes)} for the merge itself, with {found.jobs} thread(s)")
     print(f"time        {_time(found)}")
@@ -107,7 +106,7 @@ def _count(parameters: int) -> str:
 def plan(
     recipe: RecipePath,
     out: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="The folder to write [RECIPE-merged, beside the recipe].")
+        Path | None, typer.Argument(metavar="OUT", help="The folder to write [one beside the recipe].")
     ] = None,
     profiles: ProfilesDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be replaced.")] = False,

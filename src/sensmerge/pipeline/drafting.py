@@ -16,7 +16,7 @@ from ..checkpoints.opening import Opening
 from ..checkpoints.source import Checkpoint
 from ..errors import Faults, IncompatibleModelsError, OutputError, RecipeError, SensmergeError, SeveralErrors
 from ..methods import METHODS, Method
-from ..methods.option import Option
+from ..methods.option import INT8_MASK, Option
 from ..recipe import load_recipe
 from ..records import Recipe
 from .checking import check_tokenizers
@@ -223,7 +223,7 @@ def _text(facts: _Facts, method: Method, sens: bool) -> str:
 
 def _parameter_lines(method: Method) -> list[str]:
     """The method's parameters for all models with their defaults, as comments; those that must be named are named."""
-    shared = [option for option in method.options if not option.per_model and option.name != "int8_mask"]
+    shared = [option for option in method.options if not option.per_model and option.name != INT8_MASK.name]
     required = [option for option in method.options if option.default is None]
     usual = [
         f"  # {option.name}: {_default(option)}  # {option.summary}" for option in shared if option not in required

@@ -15,6 +15,7 @@ from ..execution.engine import cores
 from ..execution.estimate import Cost, cost_of
 from ..execution.timing import Speed, measured_speed
 from ..methods import METHODS
+from ..methods.option import INT8_MASK
 from ..plan import SHARD_BYTES
 from ..recipe import with_seed
 from ..records import Alignment, MergePlan, Recipe, SensitivityProfile
@@ -143,11 +144,13 @@ def _found(recipe: Recipe, label: str, reader: Checkpoint) -> FoundModel:
 
 
 def _settings(recipe: Recipe, plan: MergePlan) -> dict[str, object]:
-    """The method's parameters, each with its values over all tensors: one, or the least and the largest."""
+    """The parameters that mean something, each with its values over all tensors: one, or the least and the largest."""
     floats = [tensor for tensor in plan.tensors if tensor.options or tensor.per_model or tensor.weights]
     found: dict[str, set[object]] = {}
     for tensor in floats:
         for name, value in tensor.options.items():
+            if name == INT8_MASK.name:
+                continue
             found.setdefault(name, set()).add(value)
         for name, values in tensor.per_model.items():
             found.setdefault(name, set()).update(values)

@@ -102,9 +102,12 @@ def check_data(recipe: Recipe, faults: Faults) -> None:
 
 
 def free_bytes(out: Path) -> int:
-    """Bytes that may be written to the disk of `out`, which need not exist."""
+    """Bytes that a merge may write to the disk of `out`, which need not exist."""
     here = out.resolve()
-    return shutil.disk_usage(next(folder for folder in (here, *here.parents) if folder.is_dir())).free
+    free = shutil.disk_usage(next(folder for folder in (here, *here.parents) if folder.is_dir())).free
+    # What an interrupted merge has written there already is gone on with, not written a second time.
+    begun = here.parent / f".{here.name}.sensmerge" / "model"
+    return free + sum(file.stat().st_blocks * 512 for file in begun.rglob("*") if file.is_file())
 
 
 def output_bytes(plan: MergePlan, models: RecipeModels) -> int:

@@ -30,7 +30,7 @@ from .weighing import preset_scale, sized
 
 RECIPE = "sensmerge.yml"
 COEFFICIENTS = str(Path("sensmerge") / "coefficients.json")
-_AGAIN = "restore the file from a copy, or merge again with `--overwrite`"
+_AGAIN = "restore the file from a copy; or delete it and merge again, with `--overwrite`"
 # The plan's own shards do not matter here: tensors are compared by name.
 _ONE_FILE = 1 << 62
 
