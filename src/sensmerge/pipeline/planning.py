@@ -150,13 +150,14 @@ def dry_run(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     seed: int | None = None,
+    allow_pickle: bool = False,
 ) -> MergePlan:
     """The plan of `merge`, after every check that comes before it; coefficients and λ that are not measured yet count as 1.
 
     Raises what `merge` raises for the recipe, the headers, the tokenizers, the calibration files and the output, all at once.
     """
     recipe = recipe if seed is None else with_seed(recipe, seed)
-    with open_models(recipe) as models:
+    with open_models(recipe, allow_pickle=allow_pickle) as models:
         return check_before(
             recipe, models, Path(out), profiles_folder(recipe), overwrite=overwrite, shard_bytes=shard_bytes
         )

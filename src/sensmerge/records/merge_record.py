@@ -16,6 +16,7 @@ class MergeRecord(Record):
     `companions` that of every file beside them but the model card and this record. `searched` are the folders in which the recipe's
     relative paths were found, relative to the merged model's folder. `lambda_` is null where the method has none;
     `random_seed` is that of the method's draws, `seed` that of the calibration samples.
+    `commits` are those of models that came from the hub.
     `identity` and `files` (sizes) are what a merge knows its own complete work by, null and empty where nothing was written.
     """
 
@@ -35,5 +36,6 @@ class MergeRecord(Record):
     finished: str
     seconds: float
     warnings: list[str]
+    commits: dict[str, str] = field(default_factory=dict)
     identity: str | None = None
     files: dict[str, int] = field(default_factory=dict)
