@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from ..checkpoints.formats import FLOATS, ITEM_SIZES
 from ..checkpoints.source import Checkpoint
-from ..checkpoints.writer import WAITING_BYTES
 from ..methods import METHODS
 from ..methods.method import Ranks, Sums
 from ..plan import inputs_of
@@ -20,6 +19,8 @@ from .tiles import CHUNK_BYTES, STRETCHES, TensorWork
 INTERPRETER_BYTES = 200 << 20
 # What torch adds, where a method of whole tensors needs it.
 TORCH_BYTES = 350 << 20
+# What waits to be hashed, of a file that is written.
+WAITING_BYTES = 16 << 20
 # The names, shapes and places of one tensor of the plan and of each of its inputs.
 PLAN_BYTES = 4096
 
