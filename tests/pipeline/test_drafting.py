@@ -13,6 +13,7 @@ import torch
 import sensmerge as sm
 from sensmerge.errors import IncompatibleModelsError, OutputError, RecipeError
 from sensmerge.methods import METHODS
+from sensmerge.pipeline import outlook
 from sensmerge.pipeline.drafting import Draft, allow, draft
 from tests.builders import write_checkpoint
 from tests.conftest import Run
@@ -35,11 +36,14 @@ def test_the_recipe_is_merged_as_it_is(here: Path, sensmerge: Run) -> None:
     assert command == ["merge", "recipe.yml", "out"]
     merged = sensmerge(*command, cwd=here)
     assert merged.returncode == 0, merged.stderr
-    again = sensmerge("init", "base", "expert-a", cwd=here)
-    assert again.returncode == 7
-    assert "there is a file of this name already" in again.stderr
-    fix = next(line for line in again.stderr.split("\n") if "fix:" in line).split("-o ")[1]
-    assert sensmerge("init", "base", "expert-a", "-o", fix, cwd=here).returncode == 0
+
+
+def test_a_file_that_exists_is_not_overwritten(here: Path) -> None:
+    Path("recipe.yml").write_text("mine")
+    with pytest.raises(OutputError, match="there is a file of this name already") as caught:
+        draft("base", ["expert-a"])
+    assert Path("recipe.yml").read_text() == "mine"
+    assert draft("base", ["expert-a"], caught.value.fix.split("-o ")[1]).recipe.models
 
 
 @pytest.mark.parametrize("name", METHODS.names())
@@ -82,12 +86,11 @@ def test_sens_says_which_lines_to_fill_in(here: Path, sensmerge: Run) -> None:
         lines[number - 1] = f"{head}calibration-{model}.jsonl}}"
         assert ".jsonl}" in tail
     assert len(found["to_fill_in"]) == 2
-    missing = sensmerge("plan", "recipe.yml", cwd=here)
-    assert missing.returncode == 5
-    assert "FILL-IN-2.jsonl" in missing.stderr
-    (here / "recipe.yml").write_text("\n".join(lines))
-    plan = sensmerge(*found["next"].split()[1:], cwd=here)
-    assert plan.returncode == 0, plan.stderr
+    assert found["next"] == "sensmerge plan recipe.yml"
+    with pytest.raises(sm.SensmergeError, match=r"FILL-IN-2\.jsonl"):
+        outlook(sm.load_recipe("recipe.yml"), timed=False)
+    Path("recipe.yml").write_text("\n".join(lines))
+    assert outlook(sm.load_recipe("recipe.yml"), timed=False).calibration
     with pytest.raises(RecipeError, match="does not work with `sens:`"):
         draft("base", ["expert-a"], "slerp.yml", method="slerp", sens=True)
     assert not Path("slerp.yml").exists()
