@@ -21,6 +21,8 @@ _PLACES = {
     "calibrate": "pipeline",
     "coefficients": "pipeline",
     "merge": "pipeline",
+    "check": "pipeline.verifying",
+    "diff": "pipeline.comparing",
     "evaluate": "evaluation.run",
     "train_family": "zoo.family",
     "SensmergeError": "errors",
@@ -30,7 +32,9 @@ __all__ = [
     "SensmergeError",
     "__version__",
     "calibrate",
+    "check",
     "coefficients",
+    "diff",
     "evaluate",
     "load_recipe",
     "merge",
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
     from .errors import SensmergeError
     from .evaluation.run import evaluate
     from .pipeline import calibrate, coefficients, merge
+    from .pipeline.comparing import diff
+    from .pipeline.verifying import check
     from .recipe import load_recipe
     from .zoo.family import train_family
 

@@ -17,6 +17,9 @@ from .records import Coefficients, Conditional, MergePlan, Recipe, TensorInput, 
 from .rules.compute import coefficient
 from .settings import LAMBDA, resolve
 
+# The largest file that is written unless told otherwise.
+SHARD_BYTES = 5_000_000_000
+
 
 def _output_spec(match: Match, dtype: str | None) -> TensorSpec:
     stored = match.part.reference.reader.stored_dtype(match.reference)

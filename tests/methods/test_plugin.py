@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 import sensmerge
 from sensmerge.errors import RecipeError
 from sensmerge.methods import METHODS
+from sensmerge.pipeline import outlook
 from tests.builders import write_checkpoint
 from tests.conftest import ROOT
 
@@ -73,6 +74,10 @@ def test_the_examples_merge(
     sensmerge.merge(sensmerge.load_recipe(recipe(tmp_path, method, parameters)), tmp_path / "out", jobs=2)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert merged.keys() == SHAPES.keys()
+    assert set(sensmerge.check(tmp_path / "out", full=True).tensors) == SHAPES.keys()
+    found = outlook(sensmerge.load_recipe(tmp_path / "recipe.yml"))
+    # A method of whole tensors is not timed by a part of one.
+    assert (found.seconds is None) is (method == "low_rank")
     for name, values in merged.items():
         base = models["base"][name].astype(np.float64)
         deltas = {model: models[model][name] - base for model in WEIGHTS}

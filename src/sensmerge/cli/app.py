@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import calibrate, coefficients, demo, evaluate, extract_lora, listing, merge
+from . import calibrate, check, coefficients, demo, diff, evaluate, extract_lora, init, listing, merge, plan
 from .terminal import fail, listening_terminal
 
 app = typer.Typer(
@@ -25,7 +25,11 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("coefficients")(coefficients.coefficients)
+app.command("init")(init.init)
+app.command("plan")(plan.plan)
 app.command("merge")(merge.merge)
+app.command("check")(check.check)
+app.command("diff")(diff.diff)
 app.command("evaluate")(evaluate.evaluate)
 app.command("extract-lora")(extract_lora.extract_lora)
 app.command("list")(listing.listing)

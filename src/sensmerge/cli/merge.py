@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import RecipeError
 from .arguments import AsJson, Device, ProfilesDir, RecipePath
-from .terminal import print_json
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes in `5GB`, `200MB`, `1GiB` or a plain number. Raises RecipeError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise RecipeError(
-            f"'{text}' is no size",
-            where="--shard-size",
-            why="a number with KB, MB, GB, MiB or GiB is needed",
-            fix="--shard-size 5GB",
-        )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} bytes"
+from .plan import facts
+from .plan import show as show_plan
+from .terminal import parse_size, print_json, size_text
 
 
 def merge(
@@ -59,25 +37,19 @@ def merge(
     loaded = load_recipe(recipe)
     shard_bytes = parse_size(shard_size)
     if dry_run:
-        plan = pipeline.dry_run(loaded, out, overwrite=overwrite, shard_bytes=shard_bytes, seed=random_seed)
-        facts = {
-            "method": plan.method,
-            "base": plan.base,
-            "models": list(plan.models),
-            "tensors": len(plan.tensors),
-            "files": [file for file, _ in plan.shards],
-            "bytes_read": plan.bytes_read,
-            "bytes_written": plan.bytes_written,
-        }
-        if as_json:
-            print_json(facts)
-            return
-        others = ", ".join(model for model in plan.models if model != plan.base)
-        on = f" on {plan.base}" if plan.base else ""
-        print(f"{plan.method} of {others}{on}: {len(plan.tensors)} tensors fit together")
-        print(
-            f"reads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} in {len(plan.shards)} file(s) to {out}"
+        found = pipeline.outlook(
+            loaded,
+            out,
+            profiles_dir=profiles,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+            jobs=jobs,
+            seed=random_seed,
         )
+        if as_json:
+            print_json(facts(found))
+        else:
+            show_plan(found)
         return
     result = pipeline.merge(
         loaded,
@@ -108,4 +80,4 @@ def merge(
 
         show(result.coefficients)
     scale = f", lambda = {result.scale:g}" if has_scale else ""
-    print(f"merged into {out}: {_size(result.plan.bytes_written)} in {result.seconds:.1f} s{scale}")
+    print(f"merged into {out}: {size_text(result.plan.bytes_written)} in {result.seconds:.1f} s{scale}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .. import progress
+from ..errors import RecipeError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 # Without a terminal a running task says where it stands at most this often.
 SECONDS_BETWEEN_LINES = 10.0
@@ -24,6 +28,27 @@ def fail(text: str, code: int) -> NoReturn:
 def print_json(value: Any) -> None:
     """A command's result as one JSON document on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `5GB`, `200MB`, `1GiB` or a plain number. Raises RecipeError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise RecipeError(
+            f"'{text}' is no size",
+            where="--shard-size",
+            why="a number with KB, MB, GB, MiB or GiB is needed",
+            fix="--shard-size 5GB",
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def size_text(count: int) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} bytes"
 
 
 def print_table(

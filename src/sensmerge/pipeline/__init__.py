@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..records import Alignment, Coefficients, MergePlan, Recipe, SensitivityProfile, SensSettings
+from ..records import Alignment, Coefficients, Recipe, SensitivityProfile, SensSettings
 from ..registry import unknown_name
 from ..rules.compute import compute
 from ..rules.presets import preset
 from ..sens_block import checked_setting, settings_of
 from .calibrating import Calibration, calibrate_models, profiles_folder
-from .checking import check_output, check_tokenizers, tell_unmatched_filters
-from .companions import output_model_config
-from .merging import SHARD_BYTES, MergeResult, merge, seeded, versions
+from .merging import MergeResult, merge, versions
 from .models import expert_names, open_models
-from .weighing import coefficients_of, measurements, needs_calibration, preset_scale, sized
+from .outlook import Outlook, outlook
+from .planning import check_before, dry_run
+from .weighing import coefficients_of, measurements, needs_calibration, sized
 
 # The keys of `sens:` that turn measurements into coefficients; the others decide what is measured.
 ARITHMETIC = ("preset", "rule", "temperature", "total", "axis", "direction", "other")
@@ -85,30 +85,15 @@ def weigh(recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str
     return result
 
 
-def dry_run(
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    seed: int | None = None,
-) -> MergePlan:
-    """What `merge` would write and read, from headers alone; coefficients and λ that are not measured yet count as 1.
-
-    Raises what `merge` raises for the recipe, the headers, the tokenizers and the output; calibration data is not read.
-    """
-    from ..plan import make_plan
-
-    recipe = seeded(recipe, seed)
-    with open_models(recipe) as models:
-        check_output(recipe, models, Path(out), profiles_folder(recipe), overwrite)
-        check_tokenizers(recipe, models)
-        recipe = sized(recipe, models)
-        scale = 1.0 if recipe.lambda_ == "auto" else preset_scale(recipe)
-        plan = make_plan(recipe, models.readers, coefficients=None, scale=scale, shard_bytes=shard_bytes)
-        output_model_config(recipe, models)
-        tell_unmatched_filters(recipe, plan)
-        return plan
-
-
-__all__ = ["MergeResult", "calibrate", "coefficients", "dry_run", "merge", "versions", "weigh"]
+__all__ = [
+    "MergeResult",
+    "Outlook",
+    "calibrate",
+    "check_before",
+    "coefficients",
+    "dry_run",
+    "merge",
+    "outlook",
+    "versions",
+    "weigh",
+]

@@ -79,7 +79,8 @@ def _picked(settings: SensSettings, keys: Sequence[str]) -> dict[str, object]:
     return {key: getattr(settings, key) for key in keys}
 
 
-def _profile_inputs(recipe: Recipe, models: RecipeModels, index: int, data: Path, fingerprint: str) -> str:
+def profile_inputs(recipe: Recipe, models: RecipeModels, index: int, data: Path, fingerprint: str) -> str:
+    """A hash of all that the profile of expert `index` comes from: a kept one that has it is valid."""
     settings = settings_of(recipe)
     folder = models.experts[index].tokenizer_path
     base = models.base.fingerprint() if settings.score == "task_vector" and models.base is not None else None
@@ -214,7 +215,7 @@ def _profile_or_samples(
     expert, name = models.experts[index], models.names[index]
     data = find_file(recipe, source.data, recipe.models[index].line)
     fingerprint = expert.fingerprint()
-    inputs = _profile_inputs(recipe, models, index, data, fingerprint)
+    inputs = profile_inputs(recipe, models, index, data, fingerprint)
     kept = kept_record(folder, f"profiles/{name}.json", inputs, SensitivityProfile.load)
     if kept is not None:
         return kept  # type: ignore[no-any-return]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -19,9 +18,9 @@ from ..checkpoints.writer import write_failure
 from ..errors import RecipeError
 from ..execution.run import execute
 from ..methods import METHODS
-from ..plan import make_plan
+from ..plan import SHARD_BYTES, make_plan
 from ..recipe import with_seed
-from ..records import Coefficients, MergePlan, Recipe, Scale, hash_of, write_atomically
+from ..records import Coefficients, MergePlan, MergeRecord, Recipe, Scale, hash_of
 from ..report.model_card import model_card
 from ..rules.compute import applied
 from ..sens_block import check_coefficients_apply
@@ -30,9 +29,9 @@ from .calibrating import Calibration, calibrate_models, calibration_set, kept_re
 from .checking import check_output, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config, write_companions
 from .models import RecipeModels, open_models
+from .tracing import RECORD, companion_hashes, searched
 from .weighing import coefficients_of, needs_calibration, preset_scale, sized
 
-SHARD_BYTES = 5_000_000_000
 VERSIONED = ("sensmerge", "numpy", "torch", "transformers", "safetensors")
 
 
@@ -202,9 +201,9 @@ def versions() -> dict[str, str]:
 
 
 def _describe(
-    prepared: _Prepared, models: RecipeModels, staging: Path, hashes: Mapping[str, str], seconds: float
+    prepared: _Prepared, models: RecipeModels, out: Path, staging: Path, hashes: Mapping[str, str], seconds: float
 ) -> None:
-    """The model card, the recipe, and everything under sensmerge/."""
+    """The model card, the recipe, and everything under sensmerge/, in `staging`, which becomes `out`."""
     recipe, coefficients = prepared.recipe, prepared.coefficients
     (staging / "README.md").write_text(model_card(recipe, coefficients, prepared.plan.scale), encoding="utf-8")
     (staging / "sensmerge.yml").write_text(recipe.text, encoding="utf-8")
@@ -220,21 +219,23 @@ def _describe(
         prepared.scale_record.save(records / "scale.json")
     method = METHODS.get(recipe.merge_method, where=recipe.where())
     levels = [recipe.parameters, *(part.parameters for part in recipe.slices)]
-    merge = {
-        "schema": 2,
-        "method": recipe.merge_method,
-        "parameters": as_written(recipe.parameters),
-        "lambda": prepared.plan.scale if method.adds else None,
-        "random_seed": int(without_filters(levels, method.by_name["seed"]) or 0) if method.draws else None,
-        "inputs": {model.label: model.fingerprint() for model in models.all},
-        "outputs": dict(hashes),
-        "versions": versions(),
-        "seed": None if recipe.sens is None else recipe.sens.seed,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(seconds, 3),
-        "warnings": [] if coefficients is None else coefficients.warnings,
-    }
-    write_atomically(records / "merge.json", json.dumps(merge, indent=2, ensure_ascii=False) + "\n")
+    record = MergeRecord(
+        schema=MergeRecord.SCHEMA,
+        method=recipe.merge_method,
+        parameters=as_written(recipe.parameters),
+        lambda_=prepared.plan.scale if method.adds else None,
+        random_seed=int(without_filters(levels, method.by_name["seed"]) or 0) if method.draws else None,
+        inputs={model.label: model.fingerprint() for model in models.all},
+        searched=searched(recipe, models.readers, out),
+        outputs=dict(hashes),
+        companions=companion_hashes(staging),
+        versions=versions(),
+        seed=None if recipe.sens is None else recipe.sens.seed,
+        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        seconds=round(seconds, 3),
+        warnings=[] if coefficients is None else list(coefficients.warnings),
+    )
+    record.save(staging / RECORD)
 
 
 def merge(
@@ -267,7 +268,7 @@ def merge(
         with staging_folder(out) as staging:
             hashes = execute(prepared.plan, models.readers, staging, jobs=jobs, device=device)
             write_companions(recipe, models, staging)
-            _describe(prepared, models, staging, hashes, time.monotonic() - started)
+            _describe(prepared, models, out, staging, hashes, time.monotonic() - started)
     return MergeResult(
         out, prepared.plan, prepared.coefficients, prepared.plan.scale, hashes, time.monotonic() - started
     )

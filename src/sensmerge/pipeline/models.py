@@ -59,8 +59,8 @@ class RecipeModels:
 
 
 def search_folders(recipe: Recipe) -> list[Path]:
-    """Where relative paths of a recipe are tried: its own folder, then the current one."""
-    return [recipe.path.resolve().parent, Path.cwd()]
+    """Where relative paths of a recipe are tried: folders it was given, its own folder, then the current one."""
+    return [*recipe.folders, recipe.path.resolve().parent, Path.cwd()]
 
 
 def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:

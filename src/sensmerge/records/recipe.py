@@ -94,6 +94,7 @@ class Recipe:
     tensors stands in `parameters` and here with its value without filters. `parameters` are the top level's. `tokenizer_source`
     is the model whose tokenizer is written, where it is not that of the config's; `chat_template` is None or `auto`.
     `allow` are the names of checks that the user switched off: a config key that may differ, or one of sensmerge's own.
+    `folders` are tried for relative paths before the recipe's own: where a merge that is checked later had found its models.
     """
 
     path: Path
@@ -110,6 +111,7 @@ class Recipe:
     tokenizer_source: str | None = None
     chat_template: str | None = None
     allow: frozenset[str] = frozenset()
+    folders: tuple[Path, ...] = ()
 
     def where(self, line: int | None = None) -> str:
         """The recipe's path, with a line number if one is known: for messages."""
