@@ -15,7 +15,7 @@ from ..rules.compute import compute
 from ..rules.presets import preset
 from ..sens_block import checked_setting, settings_of
 from .calibrating import Calibration, calibrate_models, profiles_folder
-from .checking import check_output, check_tokenizers, tell_unmatched_filters
+from .checking import check_models, check_output, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config
 from .merging import SHARD_BYTES, MergeResult, merge, seeded, versions
 from .models import expert_names, open_models
@@ -103,6 +103,7 @@ def dry_run(
     with open_models(recipe) as models:
         check_output(recipe, models, Path(out), profiles_folder(recipe), overwrite)
         check_tokenizers(recipe, models)
+        check_models(recipe, models)
         recipe = sized(recipe, models)
         scale = 1.0 if recipe.lambda_ == "auto" else preset_scale(recipe)
         plan = make_plan(recipe, models.readers, coefficients=None, scale=scale, shard_bytes=shard_bytes)
