@@ -77,18 +77,20 @@ def normal_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settle_rope(flat: dict[str, Any]) -> None:
     """Write all that a flat config says of rotary positions as older files do, in place."""
-    found = flat.pop("rope_parameters", None)
+    scaling = flat.get("rope_scaling")
+    # transformers 5 takes the one for the other.
+    taken = "rope_scaling" if isinstance(scaling, Mapping) and "rope_theta" in scaling else "rope_parameters"
+    found = flat.pop(taken, None)
     if isinstance(found, Mapping):
         nested = {kind: each for kind, each in found.items() if isinstance(each, Mapping)}
         for kind, each in (nested or {"": found}).items():
             theta = {"": "rope_theta", "full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
-            scaling = "rope_scaling" if kind in ("", "full_attention") else f"rope_scaling.{kind}"
             rest = dict(each)
             if "rope_theta" in rest:
                 flat[theta.get(kind, f"rope_theta.{kind}")] = rest.pop("rope_theta")
             if "partial_rotary_factor" in rest:
                 flat["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
-            flat[scaling] = rest
+            flat["rope_scaling" if kind in ("", "full_attention") else f"rope_scaling.{kind}"] = rest
     for key in [key for key in flat if key.startswith("rope_scaling")]:
         if isinstance(flat[key], Mapping):
             flat[key] = _scaling(flat[key])
