@@ -18,7 +18,7 @@ from .families import NAMING, embedding_of, head_of
 from .formats import FLOATS
 from .related import is_same
 from .renamed import RenamedModel, is_recomputed, names_like
-from .source import Checkpoint
+from .source import Checkpoint, Wrapped
 
 TIE = "tie_word_embeddings"
 
@@ -73,6 +73,15 @@ def tie_of(config: Mapping[str, Any]) -> bool | None:
         if isinstance(part.get(TIE), bool):
             return bool(part[TIE])
     return None
+
+
+def is_untied(model: Checkpoint) -> bool:
+    """Whether a model is shown with a head of its own that its files tie to the embedding."""
+    while isinstance(model, Wrapped):
+        if isinstance(model, RenamedModel) and model.shows_twice:
+            return True
+        model = model.inner
+    return False
 
 
 def _finished(each: _Shown, untied: bool | None) -> Checkpoint:

@@ -41,6 +41,11 @@ class RenamedModel(Wrapped):
         """See Checkpoint."""
         return self._config
 
+    @property
+    def shows_twice(self) -> bool:
+        """Whether some stored tensor is shown under two names."""
+        return len(set(self._own.values())) < len(self._own)
+
     def stored_dtype(self, name: str) -> str:
         """See Checkpoint."""
         return self.inner.stored_dtype(self._own[name])

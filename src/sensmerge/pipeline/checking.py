@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .. import progress
 from ..checkpoints.configs import KEYS, differences, normal_config
+from ..checkpoints.conforming import is_untied
 from ..checkpoints.related import LIMIT, distances_from
 from ..checkpoints.vocabulary import check_same_chat_template, check_same_vocabulary
 from ..errors import Faults, IncompatibleModelsError, OutputError, RecipeError
@@ -81,7 +82,20 @@ def check_models(recipe: Recipe, models: RecipeModels) -> None:
         check_configs(recipe, models)
     with faults.gathered():
         check_related(recipe, models)
+    with faults.gathered():
+        _check_tuned_head(recipe, models)
     faults.raise_all()
+
+
+def _check_tuned_head(recipe: Recipe, models: RecipeModels) -> None:
+    """`lambda: auto` runs the base with the merged weights in it, which must have a place for each; raises RecipeError."""
+    if recipe.lambda_ == "auto" and models.base is not None and is_untied(models.base):
+        raise RecipeError(
+            "`lambda: auto` is not supported where the base ties its head and another model does not",
+            where=recipe.where(),
+            why=f"λ is chosen by running {models.base.label}, which has one matrix where the merged model has two",
+            fix="write a number as `lambda`",
+        )
 
 
 def check_allowed(recipe: Recipe, models: RecipeModels) -> None:
