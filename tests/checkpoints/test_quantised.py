@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sensmerge.checkpoints.folder import ModelFolder
 from sensmerge.errors import IncompatibleModelsError
-from tests.builders import write_checkpoint
+from tests.builders import tiny_llama, write_checkpoint
 
 PLAIN = {"model.embed_tokens.weight": torch.ones(4, 4), "model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}
 UP = "model.layers.0.mlp.up_proj"
@@ -36,10 +41,37 @@ def refused(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, An
 def test_what_config_says(tmp_path: Path, written: Any, name: str) -> None:
     error = refused(tmp_path / "m", PLAIN, LLAMA | {"quantization_config": written})
     assert name in error.what
-    if name in ("bitsandbytes", "fp8", "mxfp4", "compressed-tensors"):
-        assert "dequantize" in error.fix or "run_compressed" in error.fix
+    if name in ("bitsandbytes", "fp8", "mxfp4"):
+        assert "dequantize" in error.fix
     else:
         assert "from_pretrained" not in error.fix, "nothing undoes these"
+
+
+def test_the_line_that_undoes_fp8_does(tmp_path: Path) -> None:
+    """Pasted into a shell: a folder that can be merged, with the numbers that the 8 bits stand for."""
+    model = tiny_llama(0, hidden_size=128, intermediate_size=128)
+    model.save_pretrained(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    stored: dict[str, torch.Tensor] = {}
+    for name, values in tensors.items():
+        if "proj" not in name:
+            stored[name] = values
+            continue
+        scale = values.abs().max() / 448
+        stored[name] = (values / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.expand(-(-values.shape[0] // 128), 1).contiguous()
+    save_file(stored, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(IncompatibleModelsError) as caught:
+        ModelFolder(tmp_path / "m")
+    line = caught.value.fix.partition("undo it: ")[2].replace("python", sys.executable, 1)
+    subprocess.run(shlex.split(line), check=True, capture_output=True)
+    with ModelFolder(tmp_path / "m-plain") as plain:
+        assert plain.tensors.keys() == tensors.keys()
+    for name, values in load_file(tmp_path / "m-plain" / "model.safetensors").items():
+        assert float((values.float() - tensors[name]).abs().max()) <= 0.05 * float(tensors[name].abs().max())
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,8 @@ _TENSORS = (
 _WEIGHT = re.compile(r"(^|\.)(weight|\w*_proj)$")
 _SMALL = ("I8", "U8")
 
-# The kinds that `from_pretrained` can undo, with its argument; others need the model they were made from.
-_UNDONE = {
-    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
-    "mxfp4": "quantization_config=Mxfp4Config(dequantize=True)",
-    "compressed-tensors": "quantization_config=CompressedTensorsConfig(run_compressed=False)",
-}
+# The kinds that `from_pretrained` undoes, with the class that tells it to; others need the model they were made from.
+_UNDONE = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def refuse_quantised(label: str, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> None:
@@ -41,20 +37,25 @@ def refuse_quantised(label: str, folder: Path, config: Mapping[str, Any], tensor
     names = next(iter(found.values()), [])
     why = "config.json has 'quantization_config'" if method else "config.json does not say so, but its tensors do"
     shown = f": {', '.join(names[:3])}{' …' if len(names) > 3 else ''}" if names else ""
-    dequantise = _UNDONE.get(kind)
-    if kind == "bitsandbytes":
-        undo = (
-            "; or undo it: load it with `from_pretrained`, call `model.dequantize()`, and `save_pretrained` the result"
-        )
-    elif dequantise is not None:
-        undo = f"; or undo it: load it with `from_pretrained(…, {dequantise})`, and `save_pretrained` the result"
-    else:
-        undo = ""
     raise IncompatibleModelsError(
         f"'{label}' is a quantised checkpoint ({kind})",
         where=str(folder),
         why=f"{why}{shown}. Quantised weights cannot be added: a merge needs the numbers that they stand for",
-        fix=f"use the unquantised model that it was made from (float32, float16 or bfloat16){undo}",
+        fix=f"use the unquantised model that it was made from (float32, float16 or bfloat16){_undoing(method, folder)}",
+    )
+
+
+def _undoing(method: str | None, folder: Path) -> str:
+    """How `transformers` undoes a method that config.json names; nothing for others, which it cannot or does not know of."""
+    if method == "bitsandbytes":
+        return "; or load it with `from_pretrained`, call `model.dequantize()`, and `save_pretrained` the result"
+    if method not in _UNDONE:
+        return ""
+    plain = folder.with_name(f"{folder.name}-plain")
+    return (
+        f'; or undo it: python -c "from transformers import AutoModelForCausalLM as M, {_UNDONE[method]} as Q;'
+        f" M.from_pretrained('{folder}', quantization_config=Q(dequantize=True))"
+        f".save_pretrained('{plain}', save_original_format=False)\""
     )
 
 
