@@ -19,6 +19,7 @@ from sensmerge.errors import IncompatibleModelsError, RecipeError, SensmergeErro
 from sensmerge.pipeline import dry_run
 from sensmerge.pipeline.checking import check_related
 from sensmerge.pipeline.models import open_models
+from sensmerge.pipeline.weighing import measurements
 from tests.builders import byte_tokenizer, llama_config, tiny_gpt2, tiny_llama, write_jsonl
 
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -331,6 +332,10 @@ def test_coefficients_of_tied_and_untied_models(tmp_path: Path, base_tied: bool)
     for other in ("block_mean", "own_group"):
         out = merged(calibrated(tmp_path, f"sens: {{temperature: 0.1, other: {other}}}"), f"out-{other}")
         assert loads(out).lm_head.weight.shape == (259, 16)
+    profiles, alignment = sm.calibrate(sm.load_recipe(tmp_path / "recipe.yml"))
+    outside = measurements(profiles, alignment, ["a", "b"]).outside
+    assert outside["lm_head"][0] == outside["embed"][0] > 0, "a tied matrix is measured once, with both its uses"
+    assert outside["lm_head"][1] != outside["embed"][1]
     path = calibrated(tmp_path, "sens: {preset: calibrated}")
     if base_tied:
         error = refused(path)
