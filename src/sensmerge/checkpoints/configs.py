@@ -19,6 +19,8 @@ from .source import Checkpoint
 KEYS: Mapping[str, Any] = json.loads(files(__package__).joinpath("configs.json").read_text(encoding="utf-8"))
 
 ABSENT = "absent"
+# Characters of a value in a message: a list of labels may have thousands.
+SHOWN = 120
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Difference:
         """`rope_theta: 10000.0 in base, a; 500000.0 in b`."""
         texts: dict[str, list[str]] = {}
         for label, value in self.values:
-            texts.setdefault(value if value is ABSENT else json.dumps(value), []).append(label)
+            text = value if value is ABSENT else json.dumps(value)
+            texts.setdefault(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…", []).append(label)
         return f"{self.key}: " + "; ".join(f"{text} in {', '.join(labels)}" for text, labels in texts.items())
 
 
