@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -359,3 +361,17 @@ def test_a_profile_is_measured_anew_where_names_have_changed(tmp_path: Path) -> 
     second = tensors(merged(path, "second"))
     assert {f"transformer.{name}" for name in second} == first.keys()
     assert all(torch.equal(values, first[f"transformer.{name}"]) for name, values in second.items())
+
+
+@pytest.mark.parametrize("allowed", ["", "allow: [rms_norm_eps]"])
+def test_comparing_configs_costs_no_import(tmp_path: Path, allowed: str) -> None:
+    """Models that say the same, or whose differences are allowed, are merged without torch and transformers."""
+    _, a, _ = family(tmp_path)
+    if allowed:
+        configure(a, rms_norm_eps=1e-5)
+    path = recipe(tmp_path, allowed, method="ties")
+    code = (
+        f"import sys, sensmerge as sm; sm.merge(sm.load_recipe({str(path)!r}), {str(tmp_path / 'out')!r});"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -125,11 +125,13 @@ def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(filled, default=str)))
 
 
-def differences(models: Sequence[Checkpoint], *, stacked: bool = False) -> list[Difference]:
+def differences(
+    models: Sequence[Checkpoint], *, stacked: bool = False, allowed: frozenset[str] = frozenset()
+) -> list[Difference]:
     """Every key on which the models' configs disagree, sorted by name, those that change the mathematics first.
 
     A key that one file lacks is compared with the family's default if it changes the mathematics; otherwise it is not compared.
-    `stacked`: the models may have unlike numbers of layers.
+    `stacked`: the models may have unlike numbers of layers. Keys whose names are `allowed` are told as they are written.
     """
     compared = _Compared(models)
     found = []
@@ -142,7 +144,7 @@ def differences(models: Sequence[Checkpoint], *, stacked: bool = False) -> list[
                 found.append(Difference(key, tuple(zip(compared.labels, values, strict=True)), False))
         elif not _agree(values) and not compared.switched_off(key):
             # Two files of one family may say one thing in two ways, or leave out what is the default.
-            values = compared.meant(key)
+            values = values if key.rpartition(".")[2] in allowed else compared.meant(key)
             if not _agree(values):
                 found.append(Difference(key, tuple(zip(compared.labels, values, strict=True)), True))
     return sorted(found, key=lambda each: (not each.matters, each.key))

@@ -123,7 +123,7 @@ def check_configs(recipe: Recipe, models: RecipeModels) -> None:
 
     Raises IncompatibleModelsError naming every key with the value that each model has.
     """
-    found = differences(models.all, stacked=bool(recipe.slices))
+    found = differences(models.all, stacked=bool(recipe.slices), allowed=recipe.allow)
     wrong = [each for each in found if each.matters and each.name not in recipe.allow]
     others = [each for each in found if each not in wrong]
     if others:
