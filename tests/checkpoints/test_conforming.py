@@ -128,11 +128,11 @@ EMBEDDING = llama(0)[EMBED]
 @pytest.mark.parametrize("said", [True, None])
 def test_a_stored_copy_of_a_tied_head_is_the_embedding(tmp_path: Path, donor: str, said: bool | None) -> None:
     """Whether config.json says so or not: the matrix is stored once, so that it stays one."""
-    config = LLAMA if said is None else LLAMA | {TIE: said}
+    config = {"model_type": "gpt2"} if said is None else LLAMA | {TIE: said}
     models = {"plain": (llama(1), LLAMA | {TIE: True}), "stored": (llama(0, head=EMBEDDING.clone()), config)}
     with shown(tmp_path, models, donor) as (found, heard):
         assert all(HEAD not in model.tensors for model in found.values())
-        assert all(model.config.get(TIE) is not False for model in found.values())
+        assert all(model.config[TIE] is True for model in found.values())
         assert not heard.messages + heard.warnings
 
 
@@ -149,6 +149,15 @@ def test_heads_of_their_own_without_a_word_in_config_stay(tmp_path: Path) -> Non
     with shown(tmp_path, models, "a") as (found, heard):
         assert all(HEAD in model.tensors and TIE not in model.config for model in found.values())
         assert not heard.messages + heard.warnings
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "nobody-knows-it"])
+def test_equal_matrices_without_a_word_in_config_are_what_the_family_makes_of_them(tmp_path: Path, kind: str) -> None:
+    """A Llama would look for both when it is loaded; a GPT-2 has one, and an unknown family is told by its config from now on."""
+    models = {name: (llama(0, head=EMBEDDING.clone()), {"model_type": kind}) for name in "ab"}
+    with shown(tmp_path, models, "a") as (found, _):
+        assert all((HEAD in model.tensors) is (kind == "llama") for model in found.values())
+        assert all(model.config.get(TIE) is (None if kind == "llama" else True) for model in found.values())
 
 
 @pytest.mark.parametrize("donor", ["tied", "untied"])

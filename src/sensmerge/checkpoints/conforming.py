@@ -91,6 +91,9 @@ def _finished(each: _Shown, untied: bool | None) -> Checkpoint:
         config = _with_tie(config, tied=not untied)
     elif untied and tie_of(config) is None:
         config = {**config, TIE: False}
+    elif untied is False and tie_of(config) is None and head_of(model.tensors) is not None:
+        # Without the head that was stored, only the config can say where it went.
+        config = {**config, TIE: True}
     if (
         config is model.config
         and all(new == old for new, old in each.own.items())
@@ -182,13 +185,14 @@ def _tie(each: _Shown) -> _Tie:
     if head is None:
         return _Tie(embedding, None, None if embedding is None or said is False else True, assumed=said is None)
     if embedding is None:
-        return _Tie(None, head, said is not False)
-    if said is False or (said is None and not is_same(each.model, each.own[head], each.own[embedding])):
-        return _Tie(embedding, head, False)
-    if said and not is_same(each.model, each.own[head], each.own[embedding]):
+        return _Tie(None, head, said)
+    same = said is not False and is_same(each.model, each.own[head], each.own[embedding])
+    if said and not same:
         progress.warning(
             f"{each.model.label}: config.json says that the output head is tied to the embedding, but a head with other values"
             f" is stored; it is used, as transformers does"
         )
+    if said is None and same and defaults_of(each.model.config).get(TIE) is False:
+        # Two matrices that happen to be equal, in a family that would look for both.
         return _Tie(embedding, head, False)
-    return _Tie(embedding, head, True)
+    return _Tie(embedding, head, same)
