@@ -113,3 +113,12 @@ def test_the_wheel_declares_what_it_imports(wheel: Path) -> None:
     foreign = imported - sys.stdlib_module_names - {"sensmerge"}
     assert {"yaml": "pyyaml"}.get("yaml") in declared
     assert {name for name in foreign if {"yaml": "pyyaml"}.get(name, name) not in declared} == set()
+
+
+def test_the_wheel_holds_the_data_files(wheel: Path) -> None:
+    """Names of tensors and keys of configs are data beside the code."""
+    source = Path(sensmerge.__file__).parent
+    data = {path.relative_to(source.parent).as_posix() for path in source.rglob("*.json")}
+    assert {"sensmerge/checkpoints/families.json", "sensmerge/checkpoints/configs.json"} <= data
+    with zipfile.ZipFile(wheel) as archive:
+        assert data <= set(archive.namelist())

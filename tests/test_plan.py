@@ -360,9 +360,8 @@ def test_what_lies_outside_the_blocks(models: Path) -> None:
         config = models / name / "config.json"
         config.write_text(config.read_text().replace("{", '{"tie_word_embeddings": true, ', 1))
     tied = by_name(plan(models, text))
-    assert {name: tied[name].experts[0].model for name in OUTSIDE} == {
-        "model.embed_tokens.weight": "a", "model.norm.weight": "b", "lm_head.weight": "a",
-    }  # fmt: skip
+    sources = {name: tied[name].experts[0].model for name in OUTSIDE if name in tied}
+    assert sources == {"model.embed_tokens.weight": "a", "model.norm.weight": "b"}, "a tied head is the embedding"
 
 
 def test_each_slice_has_its_base_levels_and_gradients(models: Path) -> None:

@@ -157,17 +157,32 @@ def test_group_module_of_llama_like_models(family: str) -> None:
     assert grouping.roles == group_tensors(names_of(family)).roles
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon", "bloom", "bert"])
 def test_group_module_of_older_families(family: str) -> None:
     assert len(group_tensors(names_of(family), "module").layers) == 2 * LAYERS
 
 
-@pytest.mark.parametrize("family", ["mamba", "bert"])
-def test_a_name_that_does_not_say_its_module_is_refused_by_name(family: str) -> None:
-    """Never a guess."""
+def test_bert_s_output_is_attention_s_or_the_mlp_s() -> None:
+    """By where it lies: `attention.output.dense` closes attention, `output.dense` the MLP, each with its norm."""
+    group_of = group_tensors(names_of("bert"), "module").group_of
+    for norm_or_dense in ("dense", "LayerNorm"):
+        for place, module in (("attention.output", "attention"), ("output", "mlp")):
+            name = f"bert.encoder.layer.0.{place}.{norm_or_dense}.weight"
+            assert group_of[name] == f"bert.encoder.layer.0.{module}"
+    assert group_of["bert.encoder.layer.0.intermediate.dense.weight"] == "bert.encoder.layer.0.mlp"
+
+
+def test_mamba_s_mixer_stands_where_attention_does() -> None:
+    grouping = group_tensors(names_of("mamba"), "module")
+    assert grouping.layers == tuple(f"backbone.layers.{n}.attention" for n in range(LAYERS))
+
+
+@pytest.mark.parametrize("inner", ["mixer.up_proj.weight", "w1.weight", "layer.0.SelfAttention.q.weight"])
+def test_a_name_that_does_not_say_its_module_is_refused_by_name(inner: str) -> None:
+    """Never a guess: a `mixer` with an `up_proj` is an MLP, or is not."""
     with pytest.raises(IncompatibleModelsError) as caught:
-        group_tensors(names_of(family), "module")
-    assert FAMILIES[family][2] in caught.value.where
+        group_tensors([f"model.layers.{n}.{inner}" for n in range(2)], "module")
+    assert f"model.layers.0.{inner}" in caught.value.where
     assert "group: block" in caught.value.fix
 
 

@@ -8,7 +8,6 @@ of mergekit's guards: the least sum of weights of `sce` and the least product of
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -95,7 +94,8 @@ def test_no_two_changes_of_an_expert_are_equal(dtype: str) -> None:
 def test_sensmerge_gives_what_mergekit_gave(recipe: Path, tmp_path: Path) -> None:
     dtype = recipe.parent.name
     family.write(models(dtype), dtype, tmp_path)
-    shutil.copy(recipe, tmp_path)
+    # The family's `chat` moved by more than the size of its base: large changes keep clear of mergekit's guards.
+    (tmp_path / recipe.name).write_text(recipe.read_text() + "\nallow: [unrelated]\n")
     sensmerge.merge(sensmerge.load_recipe(tmp_path / recipe.name), tmp_path / "merged")
     expected = golden(dtype)[1][recipe.stem]
     made: dict[str, NDArray[Any]] = {}

@@ -62,7 +62,9 @@ def models(tmp_path: Path) -> dict[str, dict[str, np.ndarray]]:
 def recipe(folder: Path, method: str, parameters: str) -> Path:
     listed = "".join(f"  - {{model: {name}, parameters: {{weight: {w}}}}}\n" for name, w in WEIGHTS.items())
     path = folder / "recipe.yml"
-    path.write_text(f"merge_method: {method}\nbase_model: base\nparameters: {{{parameters}}}\nmodels:\n{listed}")
+    # Models at random have no common origin.
+    head = f"merge_method: {method}\nbase_model: base\nallow: [unrelated]\nparameters: {{{parameters}}}\n"
+    path.write_text(f"{head}models:\n{listed}")
     return path
 
 

@@ -1,30 +1,32 @@
 """What a tensor's name tells: its block, its role outside the blocks, its module inside one.
 
 A block is the name up to and including its first all-digit component (`model.layers.7`); the stack is the longest such family.
-Nothing here knows an architecture: only how Hugging Face checkpoints name things.
+Nothing here knows an architecture: only how Hugging Face checkpoints name things, which families.json lists.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, cast
 
 from ..errors import IncompatibleModelsError
 from ..records import Role
 
-# Names outside the blocks, most telling first.
-_ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
-    ("lm_head", re.compile(r"(^|\.)(lm_head|embed_out)\.|^output\.")),
-    ("embed", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")),
-    ("final_norm", re.compile(r"(^|\.)(norm|norm_f|ln_f|final_layer_?norm|final_norm|\w*layer_?norm)\.")),
-)
-_NORM_BEFORE_ATTENTION = re.compile(r"^(input_layernorm|ln_1|attention_norm|ln_attn)\.")
+# Patterns and exceptions are data, so that a new architecture needs no code.
+NAMING: Mapping[str, Any] = json.loads(files(__package__).joinpath("families.json").read_text(encoding="utf-8"))
+
+# Names outside the blocks, and the parts of a name inside one; the most telling first.
+_ROLES = tuple((role, re.compile(pattern)) for role, pattern in NAMING["roles"])
+_MODULES = tuple((module, re.compile(pattern)) for module, pattern in NAMING["modules"])
+_OPENING_NORMS = {module: re.compile(pattern) for module, pattern in NAMING["opening_norms"].items()}
 _NORM_AFTER_ATTENTION = re.compile(r"^post_attention_layernorm\.")
-_NORM_BEFORE_MLP = re.compile(r"^(pre_feedforward_layernorm|ln_2|ffn_norm|ln_mlp)\.")
-_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")
-_MLP = re.compile(r"(^|\.)\w*(mlp|feed_?forward|ffn|moe|experts)\w*\.")
+_HEADS = re.compile(NAMING["heads"])
+_EMBEDDINGS = re.compile(NAMING["embeddings"])
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,21 @@ def stack_of(names: Iterable[str]) -> Stack:
 
 def role_outside(name: str) -> Role:
     """The role of a tensor that lies in no block: embed, final_norm, lm_head or other."""
-    return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
+    return next((cast(Role, role) for role, pattern in _ROLES if pattern.search(name)), "other")
 
 
 def _module(inner: str, siblings: set[str], block: str) -> str:
-    """`attention` or `mlp` for the part of a name inside its block; the norm before a module belongs to it."""
+    """`attention` or `mlp` for the part of a name inside its block; the norm before a module belongs to it.
+
+    What mixes the tokens of a state-space model (Mamba's `mixer`) stands where attention does and counts as it.
+    """
     if _NORM_AFTER_ATTENTION.match(inner):
         # Where the MLP has a norm of its own, or attention none before it, this one closes attention instead.
-        sandwich = any(_NORM_BEFORE_MLP.match(name) for name in siblings)
-        opens = any(_NORM_BEFORE_ATTENTION.match(name) for name in siblings)
-        return "mlp" if opens and not sandwich else "attention"
-    if _NORM_BEFORE_ATTENTION.match(inner):
-        return "attention"
-    if _NORM_BEFORE_MLP.match(inner):
-        return "mlp"
-    if _ATTENTION.search(inner):
-        return "attention"
-    if _MLP.search(inner):
-        return "mlp"
+        opened = {module for module, norm in _OPENING_NORMS.items() if any(norm.match(sibling) for sibling in siblings)}
+        return "mlp" if opened == {"attention"} else "attention"
+    found = next((module for module, pattern in _MODULES if pattern.search(inner)), None)
+    if found is not None:
+        return str(found)
     raise IncompatibleModelsError(
         f"cannot tell whether '{block}.{inner}' belongs to attention or to the MLP",
         where=f"tensor '{block}.{inner}'",
@@ -148,10 +147,21 @@ def group_tensors(names: Iterable[str], group: str = "block") -> Grouping:
     return Grouping(tuple(layers), tuple(roles), group_of)
 
 
+def head_of(names: Iterable[str]) -> str | None:
+    """The matrix of the output head among the names of a checkpoint, if it is stored."""
+    names = list(names)
+    stack = stack_of(names)
+    return next((name for name in sorted(names) if _HEADS.search(name) and stack.split(name) is None), None)
+
+
+def embedding_of(names: Iterable[str]) -> str | None:
+    """The matrix of the input embedding among the names of a checkpoint; None if no name, or more than one, is like one."""
+    names = list(names)
+    stack = stack_of(names)
+    found = [name for name in names if _EMBEDDINGS.search(name) and stack.split(name) is None]
+    return found[0] if len(found) == 1 else None
+
+
 def tied_head(config: Mapping[str, object], names: Iterable[str]) -> str | None:
     """The name of an output head that config.json ties to the embedding although the checkpoint stores it, if any."""
-    if not config.get("tie_word_embeddings", False):
-        return None
-    grouping = group_tensors(names)
-    outside = (name for name, group in grouping.group_of.items() if group not in grouping.layers)
-    return next((name for name in outside if role_outside(name) == "lm_head"), None)
+    return head_of(names) if config.get("tie_word_embeddings", False) else None

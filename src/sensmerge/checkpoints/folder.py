@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import IncompatibleModelsError, InputFileError
+from ..errors import InputFileError
 from ..records import TensorSpec
 from .fingerprint import fingerprint_of
 from .formats import ITEM_SIZES, Raw
 from .header import StoredTensor, read_header
+from .quantised import refuse_quantised
 from .source import read_through
 
 
@@ -33,6 +34,7 @@ class ModelFolder:
         self.config = self._read_config()
         self._stored = {tensor.spec.name: tensor for tensor in self._find_tensors()}
         self.tensors: Mapping[str, TensorSpec] = {name: stored.spec for name, stored in self._stored.items()}
+        refuse_quantised(self.label, path, self.config, self.tensors)
         self._descriptors: dict[Path, int] = {}
         self._opening = threading.Lock()
 
@@ -123,13 +125,6 @@ class ModelFolder:
                 where=str(config),
                 why=f"found {type(data).__name__}",
                 fix="save the model again",
-            )
-        if data.get("quantization_config") is not None:
-            raise IncompatibleModelsError(
-                f"'{self.label}' is a quantised checkpoint",
-                where=str(config),
-                why="quantised weights cannot be merged without loss: config.json has 'quantization_config'",
-                fix="use the unquantised checkpoint",
             )
         return data
 

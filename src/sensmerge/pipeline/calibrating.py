@@ -168,6 +168,10 @@ def _published_profile(recipe: Recipe, models: RecipeModels, index: int, name: s
             (f"it has loss: {profile.loss}, the recipe {settings.loss}", profile.loss != settings.loss),
             (f"it has score: {profile.score}, the recipe {settings.score}", profile.score != settings.score),
             (f"its layers are not the groups of group: {settings.group}", profile.layers != groups),
+            (
+                f"its tensors bear other names than those of {models.donor.label}",
+                not profile.tensors.keys() <= expert.tensors.keys(),
+            ),
         )
         if bad
     ]
@@ -217,7 +221,8 @@ def _profile_or_samples(
     fingerprint = expert.fingerprint()
     inputs = profile_inputs(recipe, models, index, data, fingerprint)
     kept = kept_record(folder, f"profiles/{name}.json", inputs, SensitivityProfile.load)
-    if kept is not None:
+    # Another base may have other names for the same tensors, and a profile speaks of layers by name.
+    if kept is not None and kept.tensors.keys() <= expert.tensors.keys():
         return kept  # type: ignore[no-any-return]
     from ..calibration.models import load_tokenizer
 

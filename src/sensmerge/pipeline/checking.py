@@ -5,12 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import progress
+from ..checkpoints.configs import KEYS, differences, normal_config
+from ..checkpoints.conforming import is_untied
+from ..checkpoints.related import LIMIT, distances_from
 from ..checkpoints.vocabulary import check_same_chat_template, check_same_vocabulary
-from ..errors import OutputError
+from ..errors import Faults, IncompatibleModelsError, OutputError, RecipeError
+from ..matching import match_tensors
+from ..methods import METHODS
 from ..plan import unmatched_filters
 from ..records import MergePlan, Recipe
+from ..registry import suggestion
 from .companions import tokenizer_donor
 from .models import RecipeModels, named_files
+
+# The checks of sensmerge's own that `allow:` can switch off; beside these it takes keys of config.json.
+CHECKS = ("adapter_base", "symlinks", "unrelated")
 
 
 def _refuse_output(what: str, out: Path, why: str, fix: str = "choose another output folder") -> OutputError:
@@ -70,6 +79,102 @@ def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
     check_same_vocabulary(models.all)
     if recipe.chat_template == "auto":
         check_same_chat_template(models.all, tokenizer_donor(recipe, models))
+
+
+def check_models(recipe: Recipe, models: RecipeModels) -> None:
+    """All that tensors, configs and distances from the base say of models that do not fit together, told at once."""
+    method = METHODS.get(recipe.merge_method, where=recipe.where())
+    faults = Faults()
+    with faults.gathered():
+        check_allowed(recipe, models)
+    with faults.gathered():
+        match_tensors(recipe, method, models.readers, with_base=recipe.sens is not None)
+    with faults.gathered():
+        check_configs(recipe, models)
+    with faults.gathered():
+        check_related(recipe, models)
+    with faults.gathered():
+        _check_tuned_head(recipe, models)
+    faults.raise_all()
+
+
+def _check_tuned_head(recipe: Recipe, models: RecipeModels) -> None:
+    """`lambda: auto` runs the base with the merged weights in it, which must have a place for each; raises RecipeError."""
+    if recipe.lambda_ == "auto" and models.base is not None and is_untied(models.base):
+        raise RecipeError(
+            "`lambda: auto` is not supported where the base ties its head and another model does not",
+            where=recipe.where(),
+            why=f"λ is chosen by running {models.base.label}, which has one matrix where the merged model has two",
+            fix="write a number as `lambda`",
+        )
+
+
+def check_allowed(recipe: Recipe, models: RecipeModels) -> None:
+    """Every name in `allow:` is a check or a key of some model's config.json; raises RecipeError naming those that are not."""
+    keys = {key.rpartition(".")[2] for model in models.all for key in (*normal_config(model.config), *model.config)}
+    known = {*CHECKS, *keys, *(key for key in KEYS["mathematics"] if "*" not in key)}
+    unknown = sorted(recipe.allow - known)
+    if unknown:
+        near = [suggestion(name, known) for name in unknown]
+        rest = sorted(recipe.allow & known | {name for name in near if name is not None})
+        meant = "; ".join(
+            f"'{name}': did you mean '{other}'?" if other else f"'{name}' is like no known name"
+            for name, other in zip(unknown, near, strict=True)
+        )
+        raise RecipeError(
+            f"`allow:` names {len(unknown)} check(s) that do not exist",
+            where=recipe.where(),
+            why=f"{meant} Known are {', '.join(CHECKS)} and the keys of config.json",
+            fix=f"write `allow: [{', '.join(rest)}]`" if rest else "remove `allow:`",
+        )
+
+
+def check_configs(recipe: Recipe, models: RecipeModels) -> None:
+    """The configs agree on what changes the mathematics, but for keys in `allow:`; other differences are told in one note.
+
+    Raises IncompatibleModelsError naming every key with the value that each model has.
+    """
+    found = differences(models.all, stacked=bool(recipe.slices), allowed=recipe.allow)
+    wrong = [each for each in found if each.matters and each.name not in recipe.allow]
+    others = [each for each in found if each not in wrong]
+    if others:
+        progress.message(
+            f"config.json differs between the models, and the merged model has that of {models.donor.label}: "
+            + " | ".join(each.told() for each in others)
+        )
+    if wrong:
+        names = ", ".join(sorted({each.name for each in wrong} | recipe.allow))
+        raise IncompatibleModelsError(
+            f"the models' config.json differ in {len(wrong)} key(s) that change what a model computes",
+            where=", ".join(model.label for model in models.all),
+            why=" | ".join(each.told() for each in wrong),
+            fix=f"merge models that agree; or, to take all from {models.donor.label}, add `allow: [{names}]` to the recipe",
+        )
+
+
+def check_related(recipe: Recipe, models: RecipeModels) -> dict[str, float]:
+    """‖δ‖/‖θ_0‖ of each expert by its name, empty for methods without task vectors; raises IncompatibleModelsError over 1.
+
+    `allow: [unrelated]` switches the error off. Cost: a few reads a matrix.
+    """
+    method = METHODS.get(recipe.merge_method, where=recipe.where())
+    takes_vectors = method.vectors != "never" or recipe.sens is not None
+    if models.base is None or not takes_vectors:
+        return {}
+    pairs = zip(recipe.models, models.experts, strict=True)
+    experts = {each.model: reader for each, reader in pairs if reader is not models.base}
+    ratios = distances_from(models.base, experts)
+    far = {model: ratio for model, ratio in ratios.items() if ratio > LIMIT}
+    if far and "unrelated" not in recipe.allow:
+        names = ", ".join(sorted({"unrelated"} | recipe.allow))
+        raise IncompatibleModelsError(
+            f"{len(far)} model(s) were not fine-tuned from this base",
+            where=f"{', '.join(far)}; base {recipe.base_model}",
+            why="; ".join(f"‖θ − θ_0‖ / ‖θ_0‖ is {ratio:.2f} for {model}" for model, ratio in far.items())
+            + ": a fine-tune stays well below 1, and two models without a common origin stand at about 1.4",
+            fix=f"name the base they came from as `base_model`; or, if you know better, add `allow: [{names}]` to the recipe",
+        )
+    return ratios
 
 
 def tell_unmatched_filters(recipe: Recipe, plan: MergePlan) -> None:

@@ -26,7 +26,7 @@ from ..rules.compute import applied
 from ..sens_block import check_coefficients_apply
 from ..settings import as_written, without_filters
 from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
-from .checking import check_output, check_tokenizers, tell_unmatched_filters
+from .checking import check_models, check_output, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config, write_companions
 from .models import RecipeModels, open_models
 from .tracing import RECORD, companion_hashes, searched
@@ -264,6 +264,7 @@ def merge(
     with open_models(recipe) as models:
         check_output(recipe, models, out, folder, overwrite)
         check_tokenizers(recipe, models)
+        check_models(recipe, models)
         prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
         with staging_folder(out) as staging:
             hashes = execute(prepared.plan, models.readers, staging, jobs=jobs, device=device)

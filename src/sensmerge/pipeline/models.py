@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from ..checkpoints.conforming import conformed
 from ..checkpoints.opening import Opening
 from ..checkpoints.source import Checkpoint
 from ..errors import CalibrationDataError, Faults, RecipeError
@@ -64,7 +65,9 @@ def search_folders(recipe: Recipe) -> list[Path]:
 
 
 def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
-    """Find and open every model of `recipe`; reads configs and headers, and tells the faults of all models at once.
+    """Find and open every model of `recipe`, all under the donor's names; tells the faults of all models at once.
+
+    Reads configs and headers; more only of a model that stores a tied head (`conformed`).
 
     Raises InputFileError or IncompatibleModelsError, RecipeError where two names lead to one model.
     """
@@ -79,6 +82,7 @@ def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
                 opened.callback(readers[model].close)
         faults.raise_all()
         _check_one_name_each(recipe, readers, places)
+        readers = conformed(readers, recipe.base_model or recipe.models[0].model)
         opened.pop_all()
     return RecipeModels(
         base=None if recipe.base_model is None else readers[recipe.base_model],

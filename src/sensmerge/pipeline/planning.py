@@ -18,7 +18,7 @@ from ..records import Coefficients, MergePlan, Recipe, SensitivityProfile
 from ..rules.compute import compute
 from ..sens_block import settings_of
 from .calibrating import profiles_folder
-from .checking import check_empty, check_place, check_tokenizers, tell_unmatched_filters
+from .checking import check_empty, check_models, check_place, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config
 from .models import RecipeModels, find_file, open_models, source_of
 from .weighing import needs_calibration, preset_scale, sized, unmeasured
@@ -62,6 +62,8 @@ def check_before(
             check_empty(recipe, out)
     with faults.gathered():
         check_tokenizers(recipe, models)
+    with faults.gathered():
+        check_models(recipe, models)
     with faults.gathered():
         plan = planned(recipe, models, shard_bytes)
         tell_unmatched_filters(recipe, plan)

@@ -15,7 +15,6 @@ from ..records import Alignment, Coefficients, Recipe, SensitivityProfile, SensS
 from ..rules import RULES
 from ..rules.compute import Measurements, compute
 from ..rules.presets import PRESETS
-from ..rules.rule import Array
 from ..sens_block import settings_of
 from ..settings import LAMBDA
 from .calibrating import Calibration
@@ -45,18 +44,19 @@ def measurements(
             why=f"it has {len(alignment.models)} models, there are {len(profiles)} profiles",
             fix="run `sensmerge calibrate` again",
         )
-    grouping = group_tensors(list(first.tensors))
-    group_of = grouping.group_of
-    outside: dict[str, Array] = {
-        role: np.array([math.fsum(p.tensors[t] for t in p.tensors if group_of[t] == role) for p in profiles])
-        for role in grouping.roles
-    }
+    grouping = group_tensors({tensor for profile in profiles for tensor in profile.tensors})
+
+    def outside(profile: SensitivityProfile, role: str) -> float:
+        own = [total for tensor, total in profile.tensors.items() if grouping.group_of[tensor] == role]
+        # A tied matrix is measured once, with both its uses, though another expert's head makes it two.
+        return outside(profile, "embed") if not own and role == "lm_head" else math.fsum(own)
+
     zero = [[0.0] * len(profiles) for _ in profiles]
     return Measurements(
         models=tuple(names),
         layers=tuple(first.layers),
         sensitivity=np.array([profile.sensitivity for profile in profiles]),
-        outside=outside,
+        outside={role: np.array([outside(profile, role) for profile in profiles]) for role in grouping.roles},
         distances=np.array(zero if alignment is None else alignment.distances),
         inputs=hash_of([profile.inputs for profile in profiles], None if alignment is None else alignment.inputs),
     )
