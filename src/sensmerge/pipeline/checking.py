@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import progress
-from ..checkpoints.vocabulary import check_same_chat_template, check_same_vocabulary
 from ..errors import OutputError
 from ..plan import unmatched_filters
 from ..records import MergePlan, Recipe
-from .companions import tokenizer_donor
 from .models import RecipeModels, named_files
+from .unlike_vocabularies import check_same_vocabulary
 
 
 def _refuse_output(what: str, out: Path, why: str, fix: str = "choose another output folder") -> OutputError:
@@ -55,10 +54,9 @@ def check_output(recipe: Recipe, models: RecipeModels, out: Path, kept: Path, ov
 
 
 def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
-    """All models share one vocabulary, and where the recipe asks for it one template; raises IncompatibleModelsError."""
-    check_same_vocabulary(models.all)
-    if recipe.chat_template == "auto":
-        check_same_chat_template(models.all, tokenizer_donor(recipe, models))
+    """Without a policy for tokens, all models share one vocabulary; raises IncompatibleModelsError with the lines to add."""
+    if recipe.tokenizer is None:
+        check_same_vocabulary(recipe, models.readers)
 
 
 def tell_unmatched_filters(recipe: Recipe, plan: MergePlan) -> None:

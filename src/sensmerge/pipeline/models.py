@@ -14,6 +14,7 @@ from ..errors import CalibrationDataError, Faults, RecipeError
 from ..matching import donor_of
 from ..methods import METHODS
 from ..records import Recipe, SensSource
+from .vocabularies import TokenizerPlan, aligned
 
 
 def expert_names(models: Sequence[str]) -> list[str]:
@@ -33,7 +34,8 @@ def expert_names(models: Sequence[str]) -> list[str]:
 class RecipeModels:
     """The open models of a recipe: experts in recipe order, and every model by its string. Close it, or use it in a `with` block.
 
-    `base` is the recipe's base_model; `donor` is where config and tokenizer come from: the base, else the first model.
+    `base` is the recipe's base_model; `donor` is where the config comes from: the base, else the first model. `tokenizer` says
+    which tokens the merged model has; the readers show their rows.
     """
 
     base: Checkpoint | None
@@ -41,6 +43,7 @@ class RecipeModels:
     names: tuple[str, ...]
     readers: Mapping[str, Checkpoint]
     donor: Checkpoint
+    tokenizer: TokenizerPlan
 
     def __enter__(self) -> RecipeModels:
         return self
@@ -79,6 +82,7 @@ def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
                 opened.callback(readers[model].close)
         faults.raise_all()
         _check_one_name_each(recipe, readers, places)
+        readers, tokenizer = aligned(recipe, readers)
         opened.pop_all()
     return RecipeModels(
         base=None if recipe.base_model is None else readers[recipe.base_model],
@@ -86,6 +90,7 @@ def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
         names=tuple(expert_names([expert.model for expert in recipe.models])),
         readers=readers,
         donor=donor_of(recipe, readers),
+        tokenizer=tokenizer,
     )
 
 
