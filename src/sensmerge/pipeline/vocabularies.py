@@ -111,15 +111,18 @@ def read_tokens(readers: Mapping[str, Checkpoint]) -> dict[str, ModelTokens]:
 
 
 def _nothing_to_align(policy: TokenizerPolicy, found: Mapping[str, ModelTokens]) -> bool:
-    """Whether no model has tokens that can be read, and all models are alike in what can be compared."""
+    """Whether all models are alike, and either no tokens can be read or nothing has a row for each."""
     first = next(iter(found.values()))
     return (
         not policy.rules
         and policy.pad_to_multiple_of is None
-        and all(
-            each.tokens is None and (each.rows, each.opaque) == (first.rows, first.opaque) for each in found.values()
-        )
+        and (first.tokens is None or first.rows is None)
+        and all(_comparable(each) == _comparable(first) for each in found.values())
     )
+
+
+def _comparable(found: ModelTokens) -> tuple[object, ...]:
+    return (None if found.tokens is None else found.tokens.ids, found.rows, found.opaque)
 
 
 def plan_vocabularies(
