@@ -80,46 +80,73 @@ def row_tables(
     `base` is the recipe's base_model, `donor` the model whose tokens the output begins with. Raises RecipeError for a rule that
     names a token or an id which its model does not have; `where` names the recipe. Cost: one look at every token and model.
     """
-    names = sorted(models)
-    places = {name: place for place, name in enumerate(names)}
-    ruled = {rule.token: rule for rule in rules}
+    origins = _Origins(models, base, {rule.token: rule for rule in rules}, where)
+    for rule in rules:
+        origins.default(rule.token)
     token_of: dict[int, str] = {}
     for token in sorted(output.ids, key=lambda token: (output.ids[token], token)):
         token_of.setdefault(output.ids[token], token)
-    defaults: dict[str, _Origin] = {}
-
-    def default(token: str) -> _Origin:
-        if token not in defaults:
-            rule = ruled.get(token)
-            if rule is not None:
-                defaults[token] = _ruled(rule, models, places, where)
-            else:
-                defaults[token] = _unruled(token, models, names, base)
-        return defaults[token]
-
-    for rule in rules:
-        default(rule.token)
-    tables = {}
-    used = {name: set(model.ids.values()) for name, model in models.items()}
     is_token = np.zeros(output.rows, np.bool_)
     is_token[list(token_of)] = True
+    forced = any(rule.force for rule in rules)
+    tables = {}
     for name, model in models.items():
-        source, row = np.full(output.rows, FILL, np.int32), np.zeros(output.rows, np.int64)
-        means: dict[int, tuple[tuple[int, int], ...]] = {}
-        for at, token in token_of.items():
-            own = model.row(token)
-            forced = token in ruled and ruled[token].force
-            origin = _Origin(places[name], own) if own is not None and not forced else default(token)
-            source[at], row[at] = origin.source, origin.row
-            if origin.source == MEAN:
-                means[at] = origin.mean
-        for at in np.flatnonzero(~is_token).tolist():
-            # What is a token's in a model is no padding there.
-            owner = next((each for each in (name, donor) if at < models[each].rows and at not in used[each]), None)
-            if owner is not None:
-                source[at], row[at] = places[owner], at
-        tables[name] = RowTable(source, row, means, is_token)
+        if model.rows == output.rows and model.ids == output.ids and not forced:
+            own = np.full(output.rows, origins.places[name], np.int32)
+            tables[name] = RowTable(own, np.arange(output.rows), {}, is_token)
+        else:
+            tables[name] = _table(name, donor, origins, token_of, is_token)
     return tables
+
+
+def _table(
+    name: str, donor: str, origins: _Origins, token_of: Mapping[int, str], is_token: NDArray[np.bool_]
+) -> RowTable:
+    """The table of one model: its tokens by the rules, all other rows by position."""
+    source, row = np.full(len(is_token), FILL, np.int32), np.zeros(len(is_token), np.int64)
+    means: dict[int, tuple[tuple[int, int], ...]] = {}
+    for at, token in token_of.items():
+        origin = origins.of(name, token)
+        source[at], row[at] = origin.source, origin.row
+        if origin.source == MEAN:
+            means[at] = origin.mean
+    # What is a token's in a model is no padding there.
+    padding = {each: (origins.models[each].rows, set(origins.models[each].ids.values())) for each in (name, donor)}
+    for at in np.flatnonzero(~is_token).tolist():
+        owner = next((each for each, (rows, used) in padding.items() if at < rows and at not in used), None)
+        if owner is not None:
+            source[at], row[at] = origins.places[owner], at
+    return RowTable(source, row, means, is_token)
+
+
+class _Origins:
+    """Where the row of a token comes from in a model; what stands in for a missing one is decided once for all models."""
+
+    def __init__(
+        self, models: Mapping[str, Vocabulary], base: str | None, rules: Mapping[str, TokenRule], where: str
+    ) -> None:
+        self.models, self._base, self._rules, self._where = models, base, rules, where
+        self.names = sorted(models)
+        self.places = {name: place for place, name in enumerate(self.names)}
+        self._defaults: dict[str, _Origin] = {}
+
+    def of(self, name: str, token: str) -> _Origin:
+        """The row of a token in a model: its own unless a rule is forced."""
+        own, rule = self.models[name].row(token), self._rules.get(token)
+        if own is not None and (rule is None or not rule.force):
+            return _Origin(self.places[name], own)
+        return self.default(token)
+
+    def default(self, token: str) -> _Origin:
+        """The row of a token in a model that has none."""
+        if token not in self._defaults:
+            rule = self._rules.get(token)
+            self._defaults[token] = (
+                _unruled(token, self.models, self.names, self._base)
+                if rule is None
+                else _ruled(rule, self.models, self.places, self._where)
+            )
+        return self._defaults[token]
 
 
 def _unruled(token: str, models: Mapping[str, Vocabulary], names: Sequence[str], base: str | None) -> _Origin:
