@@ -453,7 +453,7 @@ def test_slices_are_aligned_too(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_ids_of_special_tokens_follow_the_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """bos, eos and pad of the model whose tokens are kept; a special token that it lacks is left out."""
+    """bos, eos and pad of the model whose tokens are kept; a special token that it lacks is null."""
     model(tmp_path / "base", 0, added=["<image>"])
     permuted_base = tmp_path / "plain"
     model(permuted_base, 1)
@@ -471,7 +471,7 @@ def test_ids_of_special_tokens_follow_the_tokenizer(tmp_path: Path, caplog: pyte
     out = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (out["bos_token_id"], out["eos_token_id"], out["pad_token_id"]) == (ids["<s>"], ids["</s>"], ids["<pad>"])
     assert out["sep_token_id"] == ids[seventh]
-    assert "image_token_id" not in out
+    assert out["image_token_id"] is None
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["bos_token_id"] == ids["<s>"]
     assert generation["eos_token_id"] == ids["</s>"]

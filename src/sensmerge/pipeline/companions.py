@@ -32,22 +32,16 @@ def output_model_config(recipe: Recipe, models: RecipeModels) -> dict[str, objec
 
 def _with_vocabulary(config: Mapping[str, Any], rows: int | None, ids: Mapping[str, object]) -> dict[str, Any]:
     """`config` with the output's number of rows and ids of special tokens; a text model's part of it is treated alike."""
-    result = _with_ids(config, ids)
+    result = dict(config)
     text = config.get("text_config")
-    if isinstance(text, dict):
-        result["text_config"] = _with_ids(text, {key: value for key, value in ids.items() if key in text})
+    inner = dict(text) if isinstance(text, dict) else {}
+    for key, value in ids.items():
+        for part in [part for part in (result, inner) if key in part] or [result]:
+            part[key] = value
     if rows is not None:
-        parts = [
-            part for part in (result, result.get("text_config")) if isinstance(part, dict) and "vocab_size" in part
-        ]
-        for part in parts or [result]:
+        for part in [part for part in (result, inner) if "vocab_size" in part] or [result]:
             part["vocab_size"] = rows
-    return result
-
-
-def _with_ids(config: Mapping[str, Any], ids: Mapping[str, object]) -> dict[str, Any]:
-    """`config` with these ids of special tokens; without those that are None."""
-    return {key: value for key, value in {**config, **ids}.items() if key not in ids or value is not None}
+    return result | ({"text_config": inner} if isinstance(text, dict) else {})
 
 
 def write_companions(recipe: Recipe, models: RecipeModels, staging: Path) -> None:
@@ -56,7 +50,7 @@ def write_companions(recipe: Recipe, models: RecipeModels, staging: Path) -> Non
     (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     plan, generation = models.tokenizer, models.donor.path / "generation_config.json"
     if generation.is_file() and plan.generation_ids:
-        changed = _with_ids(read_json(generation), plan.generation_ids)
+        changed = {**read_json(generation), **plan.generation_ids}
         (staging / generation.name).write_text(as_text(changed), encoding="utf-8")
     elif generation.is_file():
         shutil.copyfile(generation, staging / generation.name)

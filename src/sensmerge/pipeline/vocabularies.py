@@ -31,7 +31,7 @@ class TokenizerPlan:
     """The tokenizer of the merged model: copied from `folder`, but for `files` (name → text), and without those `left_out`.
 
     `rows` is the vocabulary's size, None where it is that of the config; `config_ids` and `generation_ids` are the ids of special
-    tokens to write into config.json and generation_config.json (None: to remove).
+    tokens to write into config.json and generation_config.json (None: there is no such token).
     """
 
     folder: Path
@@ -245,7 +245,7 @@ def _special_ids(
     )
     lost = [key for key, value in ours.items() if value is not None and config[key] is None]
     if lost:
-        progress.warning(f"'{source}' has no token for {', '.join(lost)} of '{donor}': left out of config.json")
+        progress.warning(f"'{source}' has no token for {', '.join(lost)} of '{donor}': they are null in config.json")
     return {"config_ids": config, "generation_ids": generation}
 
 
