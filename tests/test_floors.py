@@ -15,7 +15,7 @@ FLOORS = (
     ("methods", "rules", "distances"),
     ("checkpoints",),
     ("calibration",),
-    ("yamlfile", "settings", "sens_block", "recipe", "matching", "plan", "execution"),
+    ("yamlfile", "settings", "sens_block", "tokenizer_block", "recipe", "matching", "plan", "execution"),
     ("tuning", "evaluation", "report"),
     ("pipeline",),
     ("experiments", "zoo"),

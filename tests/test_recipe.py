@@ -14,7 +14,7 @@ import pytest
 from sensmerge.errors import RecipeError
 from sensmerge.methods import METHODS
 from sensmerge.recipe import load_recipe, with_seed
-from sensmerge.records import Conditional, Recipe, SensSettings
+from sensmerge.records import Conditional, Recipe, SensSettings, TokenizerPolicy
 from sensmerge.sens_block import settings_of, with_settings
 
 PLAIN = """\
@@ -664,7 +664,7 @@ def test_dare_ties_as_it_is_published(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert recipe.models[0].parameters == {"density": 0.53, "weight": 0.4}
     assert recipe.parameters == {"int8_mask": True, "normalize": False}
-    assert recipe.tokenizer_source is None
+    assert recipe.tokenizer == TokenizerPolicy("base", None, (), None, 18)
 
 
 def test_a_frankenmerge(tmp_path: Path) -> None:
@@ -718,42 +718,6 @@ def test_karcher_takes_the_base_in(tmp_path: Path) -> None:
 def test_multislerp_with_a_base_among_its_models(tmp_path: Path) -> None:
     text = "merge_method: multislerp\nbase_model: b\nmodels: [{model: a}, {model: b}, {model: c}]\n"
     assert [expert.model for expert in load(tmp_path, text).models] == ["a", "c"]
-
-
-@pytest.mark.parametrize(
-    ("added", "source"),
-    [
-        ("tokenizer_source: base", None),
-        ("tokenizer_source: union", None),
-        ("tokenizer_source: math", "math"),
-        ("tokenizer: {source: base}", None),
-        ("tokenizer: {source: code}", "code"),
-        ("tokenizer: {}", None),
-        ("chat_template: auto", None),
-    ],
-)
-def test_tokenizers_that_all_models_share(tmp_path: Path, added: str, source: str | None) -> None:
-    recipe = load(tmp_path, f"{PLAIN}{added}\n")
-    assert recipe.tokenizer_source == source
-    assert recipe.chat_template == ("auto" if "chat" in added else None)
-
-
-@pytest.mark.parametrize(
-    ("added", "what"),
-    [
-        ("tokenizer_source: elsewhere", "the tokenizer of 'elsewhere' is not supported yet"),
-        ("tokenizer: {source: elsewhere}", "the tokenizer of 'elsewhere' is not supported yet"),
-        ("tokenizer: {source: base, tokens: {<s>: {source: math}}}", "'tokens' is not supported yet"),
-        ("tokenizer: {pad_to_multiple_of: 8}", "'pad_to_multiple_of' is not supported yet"),
-        ("tokenizer: base", "tokenizer must be a mapping"),
-        ("chat_template: chatml", "`chat_template` of the recipe's own is not supported yet"),
-        ("tokenizer: {source: base}\ntokenizer_source: base", "stand side by side"),
-    ],
-)
-def test_tokenizers_that_would_change_tokens(tmp_path: Path, added: str, what: str) -> None:
-    error = refused(tmp_path, f"{PLAIN}{added}\n")
-    assert what in error.what
-    assert line_of(error) == 10 + added.count("\n")
 
 
 def _slices(*sources: str, method: str = "linear", rest: str = "") -> str:

@@ -14,6 +14,7 @@ from .records import Expert, Recipe, SensSource, Settings, Slice, SliceSource
 from .registry import unknown_name
 from .sens_block import check_sens, read_sens, read_source
 from .settings import LAMBDA, read_parameters, without, without_filters
+from .tokenizer_block import read_chat_template, read_tokenizer
 from .yamlfile import Section, read_yaml
 
 TOP_LEVEL = (
@@ -227,45 +228,6 @@ def _dtype(top: Section, key: str) -> str | None:
     return name
 
 
-def _tokenizer_source(top: Section, models: Sequence[str]) -> str | None:
-    """The model whose tokenizer is asked for, None for the usual one; what would change tokens is refused by name."""
-    if "tokenizer" in top and "tokenizer_source" in top:
-        raise top.error(
-            "`tokenizer` and `tokenizer_source` stand side by side",
-            top.line_of("tokenizer_source"),
-            "keep one of the two",
-            "both say whose tokenizer the merged model has",
-        )
-    section = top.section("tokenizer")
-    if section is not None:
-        section.allow(("source",), unsupported=("tokens", "pad_to_multiple_of"))
-    place, key = (top, "tokenizer_source") if section is None else (section, "source")
-    source = place.text(key)
-    if source in (None, "base", "union"):
-        # Models whose tokenizers differ are refused, so both are the tokenizer that all share.
-        return None
-    if source not in models:
-        raise place.error(
-            f"the tokenizer of '{source}' is not supported yet",
-            place.line_of(key),
-            f"write `{key}: base`, or a model of this recipe",
-            f"the merge reads no such model; it reads {', '.join(models)}",
-        )
-    return source
-
-
-def _chat_template(top: Section) -> str | None:
-    template = top.text("chat_template")
-    if template not in (None, "auto"):
-        raise top.error(
-            "a `chat_template` of the recipe's own is not supported yet",
-            top.line_of("chat_template"),
-            "remove it, or write `chat_template: auto`",
-            "it would change the tokenizer's files, so it is not ignored",
-        )
-    return template
-
-
 def _allowed(top: Section) -> frozenset[str]:
     """The checks that `allow:` switches off: a list of names."""
     names = top.value("allow")
@@ -333,7 +295,8 @@ def load_recipe(path: str | Path) -> Recipe:
                 "use `merge_method: task_arithmetic`, or `sens: {preset: paper, rule: normalized}`",
             )
         scale = chosen.lambda_
-    read = list(dict.fromkeys([*([base] if base else []), *(expert.model for expert in models)]))
+    bases = [base, *(part.base_model for part in slices)]
+    read = list(dict.fromkeys([*(each for each in bases if each), *(expert.model for expert in models)]))
     recipe = Recipe(
         path=path,
         text=text,
@@ -347,8 +310,8 @@ def load_recipe(path: str | Path) -> Recipe:
         dtype=_dtype(top, "dtype"),
         out_dtype=_dtype(top, "out_dtype"),
         sens=sens,
-        tokenizer_source=_tokenizer_source(top, read),
-        chat_template=_chat_template(top),
+        tokenizer=read_tokenizer(top, read),
+        chat_template=read_chat_template(top),
         allow=_allowed(top),
     )
     check_sens(recipe, method)

@@ -663,8 +663,8 @@ def test_the_tokenizer_that_the_recipe_names(untrained: FamilyFiles, tmp_path: P
         sm.merge(sm.load_recipe(again), tmp_path / "out", overwrite=True)
         assert (tmp_path / "out" / "chat_template.jinja").exists() is found
     again.write_text(path.read_text() + "chat_template: auto\n")
-    with pytest.raises(IncompatibleModelsError, match="unlike chat templates"):
-        sm.merge(sm.load_recipe(again), tmp_path / "auto")
+    sm.merge(sm.load_recipe(again), tmp_path / "auto")
+    assert (tmp_path / "auto" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_the_card_says_what_the_method_has(untrained: FamilyFiles, tmp_path: Path) -> None:

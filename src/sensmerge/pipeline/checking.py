@@ -8,15 +8,14 @@ from .. import progress
 from ..checkpoints.configs import KEYS, differences, normal_config
 from ..checkpoints.conforming import is_untied
 from ..checkpoints.related import LIMIT, distances_from
-from ..checkpoints.vocabulary import check_same_chat_template, check_same_vocabulary
 from ..errors import Faults, IncompatibleModelsError, OutputError, RecipeError
 from ..matching import match_tensors
 from ..methods import METHODS
 from ..plan import unmatched_filters
 from ..records import MergePlan, Recipe
 from ..registry import suggestion
-from .companions import tokenizer_donor
 from .models import RecipeModels, named_files
+from .unlike_vocabularies import check_same_vocabulary
 
 # The checks of sensmerge's own that `allow:` can switch off; beside these it takes keys of config.json.
 CHECKS = ("adapter_base", "symlinks", "unrelated")
@@ -75,10 +74,9 @@ def check_place(recipe: Recipe, models: RecipeModels, out: Path, kept: Path) -> 
 
 
 def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
-    """All models share one vocabulary, and where the recipe asks for it one template; raises IncompatibleModelsError."""
-    check_same_vocabulary(models.all)
-    if recipe.chat_template == "auto":
-        check_same_chat_template(models.all, tokenizer_donor(recipe, models))
+    """Without a policy for tokens, all models share one vocabulary; raises IncompatibleModelsError with the lines to add."""
+    if recipe.tokenizer is None:
+        check_same_vocabulary(recipe, models.readers)
 
 
 def check_models(recipe: Recipe, models: RecipeModels) -> None:

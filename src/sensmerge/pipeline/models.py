@@ -15,6 +15,7 @@ from ..errors import CalibrationDataError, Faults, RecipeError
 from ..matching import donor_of
 from ..methods import METHODS
 from ..records import Recipe, SensSource
+from .vocabularies import TokenizerPlan, aligned
 
 
 def expert_names(models: Sequence[str]) -> list[str]:
@@ -34,7 +35,8 @@ def expert_names(models: Sequence[str]) -> list[str]:
 class RecipeModels:
     """The open models of a recipe: experts in recipe order, and every model by its string. Close it, or use it in a `with` block.
 
-    `base` is the recipe's base_model; `donor` is where config and tokenizer come from: the base, else the first model.
+    `base` is the recipe's base_model; `donor` is where the config comes from: the base, else the first model. `tokenizer` says
+    which tokens the merged model has; the readers show their rows.
     """
 
     base: Checkpoint | None
@@ -42,6 +44,7 @@ class RecipeModels:
     names: tuple[str, ...]
     readers: Mapping[str, Checkpoint]
     donor: Checkpoint
+    tokenizer: TokenizerPlan
 
     def __enter__(self) -> RecipeModels:
         return self
@@ -83,6 +86,7 @@ def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
         faults.raise_all()
         _check_one_name_each(recipe, readers, places)
         readers = conformed(readers, recipe.base_model or recipe.models[0].model)
+        readers, tokenizer = aligned(recipe, readers)
         opened.pop_all()
     return RecipeModels(
         base=None if recipe.base_model is None else readers[recipe.base_model],
@@ -90,6 +94,7 @@ def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
         names=tuple(expert_names([expert.model for expert in recipe.models])),
         readers=readers,
         donor=donor_of(recipe, readers),
+        tokenizer=tokenizer,
     )
 
 

@@ -9,7 +9,18 @@ from __future__ import annotations
 from .measurements import Alignment, CalibrationSet, Coefficients, Scale, Scores, SensitivityProfile, TaskScore
 from .merge_record import MergeRecord
 from .plans import MergePlan, TensorInput, TensorPlan
-from .recipe import Conditional, Expert, Recipe, SensSettings, SensSource, Settings, Slice, SliceSource
+from .recipe import (
+    Conditional,
+    Expert,
+    Recipe,
+    SensSettings,
+    SensSource,
+    Settings,
+    Slice,
+    SliceSource,
+    TokenizerPolicy,
+    TokenRule,
+)
 from .record import Record, hash_of, write_atomically
 from .tensors import Role, TensorSpec
 
@@ -36,6 +47,8 @@ __all__ = [
     "TensorInput",
     "TensorPlan",
     "TensorSpec",
+    "TokenRule",
+    "TokenizerPolicy",
     "hash_of",
     "write_atomically",
 ]

@@ -86,13 +86,39 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class TokenRule:
+    """One entry of the tokenizer's `tokens:`: the row of a token in every model that lacks it, or with `force` in every model.
+
+    The row is that of `model` for `from_token` or for the id `from_id`; zeros where `model` is None.
+    """
+
+    token: str
+    model: str | None
+    from_token: str | None
+    from_id: int | None
+    force: bool
+    line: int
+
+
+@dataclass(frozen=True)
+class TokenizerPolicy:
+    """Whose tokens the merged model has: `source` is `base`, `union`, or `model`, and then `model` says which."""
+
+    source: str
+    model: str | None
+    rules: tuple[TokenRule, ...]
+    pad_to_multiple_of: int | None
+    line: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A merge as the user wrote it, checked and with presets applied; `text` is the file's own text, for the output folder.
 
     `models` are the models that are merged, each once, in the order of the recipe; `slices` is empty where the recipe lists
     `models:`. `lambda_` is a number, "auto", or None where neither the recipe nor its preset names one; a λ that differs between
-    tensors stands in `parameters` and here with its value without filters. `parameters` are the top level's. `tokenizer_source`
-    is the model whose tokenizer is written, where it is not that of the config's; `chat_template` is None or `auto`.
+    tensors stands in `parameters` and here with its value without filters. `parameters` are the top level's. `tokenizer` is
+    None where the recipe says nothing of tokens; `chat_template` is None, `auto`, or a template's own text.
     `allow` are the names of checks that the user switched off: a config key that may differ, or one of sensmerge's own.
     `folders` are tried for relative paths before the recipe's own: where a merge that is checked later had found its models.
     """
@@ -108,7 +134,7 @@ class Recipe:
     dtype: str | None
     out_dtype: str | None
     sens: SensSettings | None
-    tokenizer_source: str | None = None
+    tokenizer: TokenizerPolicy | None = None
     chat_template: str | None = None
     allow: frozenset[str] = frozenset()
     folders: tuple[Path, ...] = ()
