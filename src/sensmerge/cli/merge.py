@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RecipeError
-from .arguments import AsJson, Device, ProfilesDir, RecipePath
+from .arguments import AllowPickle, AsJson, Device, ProfilesDir, RecipePath
 from .terminal import print_json
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -49,6 +49,7 @@ def merge(
         int | None, typer.Option("--random-seed", metavar="N", help="Seed of a method that draws at random.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge models; calibrates first if the recipe has a `sens:` block and was not calibrated before."""
@@ -59,7 +60,9 @@ def merge(
     loaded = load_recipe(recipe)
     shard_bytes = parse_size(shard_size)
     if dry_run:
-        plan = pipeline.dry_run(loaded, out, overwrite=overwrite, shard_bytes=shard_bytes, seed=random_seed)
+        plan = pipeline.dry_run(
+            loaded, out, overwrite=overwrite, shard_bytes=shard_bytes, seed=random_seed, allow_pickle=allow_pickle
+        )
         facts = {
             "method": plan.method,
             "base": plan.base,
@@ -88,6 +91,7 @@ def merge(
         shard_bytes=shard_bytes,
         jobs=jobs,
         seed=random_seed,
+        allow_pickle=allow_pickle,
     )
     has_scale = METHODS.get(result.plan.method, where="merge_method").adds
     if as_json:

@@ -26,7 +26,7 @@ ARITHMETIC = ("preset", "rule", "temperature", "total", "axis", "direction", "ot
 
 
 def calibrate(
-    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto"
+    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto", allow_pickle: bool = False
 ) -> tuple[list[SensitivityProfile], Alignment | None]:
     """Measure every expert of `recipe` (eq. 1-4), or read what was measured before from `profiles_dir` (`<recipe>.sens/`).
 
@@ -35,7 +35,7 @@ def calibrate(
     """
     settings_of(recipe)
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
-    with open_models(recipe) as models:
+    with open_models(recipe, allow_pickle=allow_pickle) as models:
         calibration = calibrate_models(recipe, models, folder, device)
     return list(calibration.profiles), calibration.alignment
 
@@ -69,13 +69,15 @@ def coefficients(
     )
 
 
-def weigh(recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto") -> Coefficients:
+def weigh(
+    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto", allow_pickle: bool = False
+) -> Coefficients:
     """The coefficients of a recipe, kept as `coefficients.json` in `profiles_dir`; calibrates first where it must.
 
     With valid profiles no model is loaded. λ is null while it is `auto`.
     """
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
-    with open_models(recipe) as models:
+    with open_models(recipe, allow_pickle=allow_pickle) as models:
         recipe = sized(recipe, models)
         calibration: Calibration | None = None
         if needs_calibration(recipe):
@@ -92,6 +94,7 @@ def dry_run(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     seed: int | None = None,
+    allow_pickle: bool = False,
 ) -> MergePlan:
     """What `merge` would write and read, from headers alone; coefficients and λ that are not measured yet count as 1.
 
@@ -100,7 +103,7 @@ def dry_run(
     from ..plan import make_plan
 
     recipe = seeded(recipe, seed)
-    with open_models(recipe) as models:
+    with open_models(recipe, allow_pickle=allow_pickle) as models:
         check_output(recipe, models, Path(out), profiles_folder(recipe), overwrite)
         check_tokenizers(recipe, models)
         recipe = sized(recipe, models)

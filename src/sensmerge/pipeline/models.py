@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -33,7 +33,8 @@ def expert_names(models: Sequence[str]) -> list[str]:
 class RecipeModels:
     """The open models of a recipe: experts in recipe order, and every model by its string. Close it, or use it in a `with` block.
 
-    `base` is the recipe's base_model; `donor` is where config and tokenizer come from: the base, else the first model.
+    `base` is the recipe's base_model; `donor` is where config and tokenizer come from: the base, else the first model. `commits`
+    has the commit of each model that came from the hub.
     """
 
     base: Checkpoint | None
@@ -41,6 +42,7 @@ class RecipeModels:
     names: tuple[str, ...]
     readers: Mapping[str, Checkpoint]
     donor: Checkpoint
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> RecipeModels:
         return self
@@ -86,6 +88,7 @@ def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
         names=tuple(expert_names([expert.model for expert in recipe.models])),
         readers=readers,
         donor=donor_of(recipe, readers),
+        commits=opening.commits,
     )
 
 
