@@ -14,7 +14,7 @@ from .records import Expert, Recipe, SensSource, Settings, Slice, SliceSource
 from .registry import unknown_name
 from .sens_block import check_sens, read_sens, read_source
 from .settings import LAMBDA, read_parameters, without, without_filters
-from .yamlfile import Section, read_yaml
+from .yamlfile import Section, read_yaml, shown
 
 TOP_LEVEL = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
@@ -143,7 +143,7 @@ def _layers(section: Section) -> tuple[int, int]:
             "`layer_range` must be two whole numbers, the first layer and the one after the last",
             section.line_of("layer_range"),
             "write `layer_range: [0, 16]` for layers 0 to 15",
-            "a source of a slice needs one" if value is None else f"found {value!r}",
+            "a source of a slice needs one" if value is None else f"found {shown(value)}",
         )
     return value[0], value[1]
 

@@ -19,14 +19,15 @@ CPU_SECONDS = 20
 
 # The command, once for each attack, in a fork of one process that has imported what the command needs: a second saved each time.
 RUNNER = """
-import json, os, resource, sys
-import sensmerge.pipeline, sensmerge.recipe
-from sensmerge.cli.app import main
+import contextlib, io, json, os, resource, sys
+from sensmerge.cli import main
+attacks, seconds = json.loads(sys.argv[1]), int(sys.argv[2])
 with open("first.yml", "w") as recipe:
     recipe.write("merge_method: linear\\nmodels: [{model: base, parameters: {weight: 1}}]\\n")
-sensmerge.pipeline.dry_run(sensmerge.recipe.load_recipe("first.yml"), "out")
-seconds = int(sys.argv[2])
-for name, options in json.loads(sys.argv[1]).items():
+sys.argv = ["sensmerge", "merge", "first.yml", "out", "--dry-run"]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    main()
+for name, options in attacks.items():
     with open(f"{name}.yml", "w") as recipe:
         recipe.write(f"merge_method: task_arithmetic\\nbase_model: base\\nmodels: [{{model: {name}}}]\\n")
     child = os.fork()
