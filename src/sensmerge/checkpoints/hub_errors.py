@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 
 from ..errors import InputFileError, ResourceError, SensmergeError
@@ -94,11 +95,15 @@ def _unreachable(asked: Asked, error: Exception, cached: str | None) -> InputFil
     local = asked.repo.rpartition("/")[2]
     download = f"`hf download {asked.repo}{at} --local-dir {local}`"
     if constants.HF_HUB_OFFLINE:
+        # transformers' older variable means the same to huggingface_hub.
+        named = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if name in os.environ] or [
+            "HF_HUB_OFFLINE"
+        ]
         return InputFileError(
-            f"there is no model folder '{asked.name}', and HF_HUB_OFFLINE forbids to ask the hub for it",
+            f"there is no model folder '{asked.name}', and {named[0]} forbids to ask the hub for it",
             where=asked.where,
             why=f"tried {asked.tried}; {state}",
-            fix=f"if it is a hub id: `unset HF_HUB_OFFLINE` and run the command again; else correct the path in {asked.where}",
+            fix=f"if it is a hub id: `unset {' '.join(named)}` and run the command again; else correct the path in {asked.where}",
         )
     return InputFileError(
         f"there is no model folder '{asked.name}', and the hub cannot be reached",
