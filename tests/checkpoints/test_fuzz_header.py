@@ -20,7 +20,7 @@ from tests.builders import safetensors_bytes
 from tests.checkpoints.test_header import library, ours
 
 FUZZ = settings(
-    max_examples=600,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
