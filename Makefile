@@ -26,8 +26,8 @@ test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests attacks benchmarks
+	$(BIN)/ruff format --check src tests attacks benchmarks
 	$(BIN)/mypy
 
 clean:

@@ -11,6 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
+# What a terminal would obey, or would show in another order, in place of showing it.
+_UNSEEN = [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+_ESCAPES = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNSEEN}
+_ESCAPES_BUT_LINES = {code: escape for code, escape in _ESCAPES.items() if chr(code) not in "\n\t"}
+
+
+def escaped(text: str, *, lines: bool = False) -> str:
+    """`text` with control characters written out (`\\x1b`), so that no name out of a file commands a terminal.
+
+    Ends of lines and tabs stay unless `lines` asks to write them out too, as for a name, which must not end its line.
+    """
+    return text.translate(_ESCAPES if lines else _ESCAPES_BUT_LINES)
+
 
 class SensmergeError(Exception):
     """A failure told in four lines: what happened, where, why, and a fix that works when pasted.
@@ -22,6 +35,7 @@ class SensmergeError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, what: str, *, where: str, why: str, fix: str) -> None:
+        what, where, why, fix = escaped(what, lines=True), escaped(where, lines=True), escaped(why), escaped(fix)
         self.what, self.where, self.why, self.fix = what, where, why, fix
         super().__init__(f"{what}\n  where: {where}\n  why:   {why}\n  fix:   {fix}")
 

@@ -15,7 +15,7 @@ from .registry import unknown_name
 from .sens_block import check_sens, read_sens, read_source
 from .settings import LAMBDA, read_parameters, without, without_filters
 from .tokenizer_block import read_chat_template, read_tokenizer
-from .yamlfile import Section, read_yaml
+from .yamlfile import Section, read_yaml, shown
 
 TOP_LEVEL = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
@@ -144,7 +144,7 @@ def _layers(section: Section) -> tuple[int, int]:
             "`layer_range` must be two whole numbers, the first layer and the one after the last",
             section.line_of("layer_range"),
             "write `layer_range: [0, 16]` for layers 0 to 15",
-            "a source of a slice needs one" if value is None else f"found {value!r}",
+            "a source of a slice needs one" if value is None else f"found {shown(value)}",
         )
     return value[0], value[1]
 

@@ -15,7 +15,7 @@ from .records import Recipe, SensSettings, SensSource
 from .registry import unknown_name
 from .rules import RULES
 from .rules.presets import Preset, preset
-from .yamlfile import Section
+from .yamlfile import Section, shown
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "template": ("none", "chat"),
@@ -53,7 +53,7 @@ def checked_setting(key: str, value: Any, where: str) -> Any:
             raise _refuse(
                 f"'{key}' must be a whole number from {_WHOLE_NUMBERS[key]} up",
                 where,
-                f"found {value!r}",
+                f"found {shown(value)}",
                 f"`{key}: 100`",
             )
         return value
@@ -65,7 +65,7 @@ def checked_setting(key: str, value: Any, where: str) -> Any:
         number = float("nan")
     if not abs(number) < float("inf") or (key == "temperature" and number <= 0):
         kind = "a number above 0" if key == "temperature" else "`K` or a number"
-        raise _refuse(f"'{key}' must be {kind}", where, f"found {value!r}", f"`{key}: 1.0`")
+        raise _refuse(f"'{key}' must be {kind}", where, f"found {shown(value)}", f"`{key}: 1.0`")
     return number
 
 

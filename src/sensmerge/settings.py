@@ -14,7 +14,7 @@ from .errors import RecipeError
 from .methods import METHODS, Method
 from .methods.option import Option, Value
 from .records import Conditional, Settings
-from .yamlfile import Section
+from .yamlfile import Section, shown
 
 Level = Literal["recipe", "slice", "model"]
 
@@ -137,7 +137,7 @@ def _checked(value: object, section: Section, key: str, option: Option, method: 
             f"'{option.name}' of merge method '{method}' {fault}",
             section.line_of(key),
             f"write `{key}: {_example(option)}`",
-            f"found {value!r}",
+            f"found {shown(value)}",
         ) from None
 
 

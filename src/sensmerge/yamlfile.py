@@ -6,6 +6,7 @@ Duplicate keys are refused, and `allow()` refuses keys that are not known, with 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ import yaml
 
 from .errors import RecipeError
 from .registry import suggestion
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut where it is long: a few lines of YAML can stand for more values than memory holds."""
+    return _REPR.repr(value)
 
 
 class Section:
@@ -29,7 +38,12 @@ class Section:
                 f"{name or 'the recipe'} must be a mapping of keys to values", self.line, "use `key: value` lines"
             )
         for key_node, value_node in node.value:
-            key, line = str(construct(key_node)), key_node.start_mark.line + 1
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise self.error(
+                    "a key must be a word", line, "write `key: value`", "found a list or a mapping in its place"
+                )
+            key = str(construct(key_node))
             if key in self._nodes:
                 raise self.error(
                     f"'{key}' stands twice", line, "keep one of the two", f"first in line {self._lines[key]}"
@@ -134,7 +148,10 @@ class Section:
 
     def _wrong(self, key: str, value: Any, needed: str) -> RecipeError:
         return self.error(
-            f"'{key}' must be {needed}", self.line_of(key), f"write `{key}:` followed by {needed}", f"found {value!r}"
+            f"'{key}' must be {needed}",
+            self.line_of(key),
+            f"write `{key}:` followed by {needed}",
+            f"found {shown(value)}",
         )
 
 

@@ -69,7 +69,7 @@ VALID: dict[str, dict[str, torch.Tensor]] = {
     "scalar": {"x": torch.tensor(3.0)},
     "empty tensors": {"x": torch.zeros(0), "y": torch.zeros(3, 0, 2, dtype=torch.bfloat16), "z": torch.ones(1)},
     "nothing": {},
-    "odd names": {"": torch.ones(1), 'é\u2028\n"\\': torch.ones(2), "__meta__": torch.ones(1)},
+    "odd names": {"": torch.ones(1), 'é/../"\\ ': torch.ones(2), "__meta__": torch.ones(1)},
 }
 
 
@@ -190,13 +190,24 @@ ATTACKS: dict[str, bytes] = {
     ),
     "half a surrogate pair in a name": safetensors_bytes('{"\\ud800": ' + json.dumps(A) + "}", DATA[:8]),
     "control character in a name": safetensors_bytes(b'{"a\x01": ' + json.dumps(A).encode() + b"}", DATA[:8]),
+    "end of line in a name": safetensors_bytes({"a\n  fix:   x": A}, DATA[:8]),
+    "escape sequence in a name": safetensors_bytes({"a\x1b[2J": A}, DATA[:8]),
+    "text that runs backwards in a name": safetensors_bytes({"a\u202e": A}, DATA[:8]),
+    "a million dimensions": safetensors_bytes({"a": entry(shape=[2**63 - 1] * 300_000)}, DATA[:8]),
+    "overflow times zero": safetensors_bytes({"a": entry(shape=[2**63, 4, 0], data_offsets=[0, 0])}),
     "blanks before the object": safetensors_bytes("   " + json.dumps(GOOD), DATA),
 }  # fmt: skip
 
 # The library takes these too, with the same tensors: leniency that harms nobody.
 BOTH_TAKE = {"blanks before the object"}
 # Where we are stricter than the library, on purpose: what the file means would hang on who reads it.
-STRICTER = {"name twice", "tensor is a list"}
+STRICTER = {
+    "name twice",
+    "tensor is a list",
+    "end of line in a name",
+    "escape sequence in a name",
+    "text that runs backwards in a name",
+}
 # -0 is a JSON spelling of 0; the library takes it for a float. No writer makes it.
 HARMLESS = {"negative zero shape"}
 

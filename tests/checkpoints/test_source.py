@@ -105,15 +105,69 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
         assert len(list(descriptors.iterdir())) == before
 
 
-def test_symbolic_links_are_followed(tmp_path: Path) -> None:
-    """The hub's cache is a folder of links."""
-    real = write_checkpoint(tmp_path / "blobs", tensors(), shards=2)
-    linked = tmp_path / "snapshot"
-    linked.mkdir()
-    for file in real.iterdir():
-        (linked / file.name).symlink_to(file)
-    with ModelFolder(linked) as one, ModelFolder(real) as two:
+def snapshot(cache: Path, shards: int = 2) -> Path:
+    """A model as the hub's cache keeps it: a folder of links into its repository's blobs."""
+    folder = cache / "models--org--model" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (cache / "models--org--model" / "blobs").mkdir()
+    for file in write_checkpoint(cache / "real", tensors(), shards=shards).iterdir():
+        file.rename(cache / "models--org--model" / "blobs" / f"etag-{file.name}")
+        (folder / file.name).symlink_to(Path("../../blobs") / f"etag-{file.name}")
+    return folder
+
+
+def test_the_links_of_the_hub_s_cache_are_followed(tmp_path: Path) -> None:
+    with ModelFolder(snapshot(tmp_path)) as one, ModelFolder(write_checkpoint(tmp_path / "plain", tensors())) as two:
         assert one.fingerprint() == two.fingerprint()
+
+
+def test_a_blob_that_repositories_share_is_followed(tmp_path: Path) -> None:
+    """huggingface_hub 2: a repository's blob may be a link to the cache's own."""
+    blobs = snapshot(tmp_path, shards=1).parent.parent / "blobs"
+    shared = tmp_path / "blobs" / "ab" / "abcd"
+    shared.parent.mkdir(parents=True)
+    (blobs / "etag-model.safetensors").rename(shared)
+    (blobs / "etag-model.safetensors").symlink_to("../../blobs/ab/abcd")
+    ModelFolder(tmp_path / "models--org--model" / "snapshots" / ("0" * 40))
+
+
+def test_a_link_inside_the_folder_and_a_linked_folder(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", tensors())
+    (folder / "stored").mkdir()
+    (folder / "model.safetensors").rename(folder / "stored" / "weights")
+    (folder / "model.safetensors").symlink_to("stored/weights")
+    (tmp_path / "link").symlink_to(folder)
+    ModelFolder(tmp_path / "link")
+
+
+@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", INDEX, "config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused_by_name(tmp_path: Path, file: str) -> None:
+    """Also one into another repository of the hub's cache; `allow: [symlinks]` takes what the user linked."""
+    folders = [write_checkpoint(tmp_path / "model", tensors(), shards=2), snapshot(tmp_path / "cache")]
+    for folder in folders:
+        (folder / "tokenizer.json").write_text("{}")
+        target = tmp_path / "cache" / "models--org--other" / "blobs" / f"{folder.name}{file}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((folder / file).read_bytes())
+        (folder / file).unlink()
+        (folder / file).symlink_to(target)
+        error = refused(folder)
+        assert f"'{file}' is a link out of" in error.why
+        assert str(target) in error.why
+        assert "allow: [symlinks]" in error.fix
+        ModelFolder(folder, allow=frozenset({"symlinks"}))
+
+
+def test_all_links_are_listed_at_once(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", tensors(), shards=3)
+    shards = sorted(folder.glob("model-*"))
+    for file in shards[:2]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+        file.unlink()
+        file.symlink_to(tmp_path / file.name)
+    error = refused(folder)
+    assert all(f"'{file.name}' is a link out of" in error.why for file in shards[:2])
+    assert shards[2].name not in error.why
 
 
 def test_a_single_file_wins_over_a_left_over_index(tmp_path: Path) -> None:
@@ -164,7 +218,7 @@ def test_a_folder_of_pickles(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"cposix\nsystem\n(S'touch /tmp/pwned'\ntR.")
     error = refused(tmp_path)
     assert name in error.why
-    assert "save_pretrained" in error.fix
+    assert "--allow-pickle" in error.fix
 
 
 def test_a_quantised_checkpoint(tmp_path: Path) -> None:

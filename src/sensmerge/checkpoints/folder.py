@@ -1,11 +1,11 @@
-"""A Hugging Face checkpoint folder on this machine: config.json and safetensors, read with `pread`."""
+"""A Hugging Face checkpoint folder on this machine: config.json and weights, read with `pread`."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,32 @@ from numpy.typing import NDArray
 
 from ..errors import InputFileError
 from ..records import TensorSpec
+from .containment import check_files
 from .fingerprint import fingerprint_of
 from .formats import ITEM_SIZES, Raw
-from .header import StoredTensor, read_header
+from .header import StoredTensor
 from .quantised import refuse_quantised
+from .shards import find_tensors
 from .source import read_through
 
 
 class ModelFolder:
-    """A Hugging Face checkpoint folder: config.json and safetensors, in one file or in shards with an index.
+    """A Hugging Face checkpoint folder: config.json and weights, in one file or in shards with an index.
 
+    The weights are safetensors, or pickle files where `allow_pickle` says so; `allow` are names of checks that are switched off.
     Files are read with `pread`, never mapped: a file that shrinks while it is read is an error, not a crash. Raises
     InputFileError for a missing or damaged file, IncompatibleModelsError for formats that cannot be merged.
     """
 
-    def __init__(self, path: Path, label: str | None = None) -> None:
+    def __init__(
+        self, path: Path, label: str | None = None, allow: frozenset[str] = frozenset(), allow_pickle: bool = False
+    ) -> None:
         self.path = path
         self.label = label or str(path)
+        check_files(path, self.label, allow)
         self.config = self._read_config()
-        self._stored = {tensor.spec.name: tensor for tensor in self._find_tensors()}
+        stored = find_tensors(path, self.label, allow, allow_pickle)
+        self._stored = {tensor.spec.name: tensor for tensor in stored}
         self.tensors: Mapping[str, TensorSpec] = {name: stored.spec for name, stored in self._stored.items()}
         refuse_quantised(self.label, path, self.config, self.tensors)
         self._descriptors: dict[Path, int] = {}
@@ -127,68 +134,3 @@ class ModelFolder:
                 fix="save the model again",
             )
         return data
-
-    def _find_tensors(self) -> Iterator[StoredTensor]:
-        index = self.path / "model.safetensors.index.json"
-        single = self.path / "model.safetensors"
-        if index.exists() and not single.exists():
-            yield from self._indexed(index)
-            return
-        if not single.exists():
-            pickles = sorted(path.name for path in self.path.glob("pytorch_model*.bin"))
-            raise InputFileError(
-                f"'{self.label}' has no safetensors weights",
-                where=str(self.path),
-                why=f"pickle files ({pickles[0]}) can run code when read"
-                if pickles
-                else "model.safetensors is missing",
-                fix="save the model with `save_pretrained(folder)`, which writes model.safetensors",
-            )
-        yield from read_header(single)
-
-    def _indexed(self, index: Path) -> Iterator[StoredTensor]:
-        """The tensors of all shards; every fault of index and shards is listed at once."""
-        weight_map = _read_weight_map(index)
-        faults: list[str] = []
-        found: dict[str, StoredTensor] = {}
-        for file in sorted(set(weight_map.values())):
-            if Path(file).name != file or file in ("", ".", ".."):
-                faults.append(f"shard '{file}' lies outside the folder")
-            elif not (self.path / file).is_file():
-                faults.append(f"shard '{file}' is missing")
-            else:
-                try:
-                    tensors = read_header(self.path / file)
-                except InputFileError as error:
-                    faults.append(f"shard '{file}' is damaged: {error.why}")
-                    continue
-                faults += [f"'{t.spec.name}' lies in two shards" for t in tensors if t.spec.name in found]
-                found |= {tensor.spec.name: tensor for tensor in tensors}
-        readable = {file for file in weight_map.values() if not any(f"'{file}'" in fault for fault in faults)}
-        for name, file in sorted(weight_map.items()):
-            if file in readable and name not in found:
-                faults.append(f"'{name}' is in the index but in no shard")
-            elif file in readable and found[name].file.name != file:
-                faults.append(f"'{name}' is in shard '{found[name].file.name}', not in '{file}' as the index says")
-        faults += [f"'{name}' is in a shard but not in the index" for name in sorted(found.keys() - weight_map.keys())]
-        if faults:
-            raise InputFileError(
-                f"'{self.label}' has {len(faults)} fault(s) in its shards",
-                where=str(index),
-                why="; ".join(faults),
-                fix="download the model again",
-            )
-        yield from found.values()
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """The index's map of tensor names to shard files."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError("weight_map must map tensor names to file names, and name at least one")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputFileError(
-            "this index of shards cannot be read", where=str(index), why=repr(error), fix="download the file again"
-        ) from error
-    return dict(weight_map)

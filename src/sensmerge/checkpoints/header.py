@@ -7,15 +7,19 @@ no overlap, no hole, no tail. Format: https://huggingface.co/docs/safetensors.
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputFileError
+from ..errors import InputFileError, escaped
 from ..records import TensorSpec
 from .formats import ITEM_SIZES
 
 MAX_HEADER_BYTES = 100_000_000
+# Sizes and their products fit into 64 bits, as in the library.
+MAX_SIZE = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -79,24 +83,47 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     shape, offsets = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None, None)
+    if escaped(name, lines=True) != name:
+        raise _broken(path, f"a tensor's name holds control characters: '{escaped(name[:200], lines=True)}'")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(entry) != 3:
         raise _broken(path, f"tensor '{name}' needs dtype, shape and two data_offsets, and nothing else")
     dtype, (begin, end) = entry.get("dtype"), offsets
     if isinstance(dtype, str) and dtype not in ITEM_SIZES:
         raise _broken(path, f"tensor '{name}' has dtype {dtype!r}, which is not supported")
     if not isinstance(dtype, str) or not all(type(size) is int for size in (*shape, begin, end)):
-        raise _broken(path, f"tensor '{name}' has dtype {dtype!r}, shape {shape}, data_offsets {offsets}")
+        raise _broken(path, f"tensor '{name}' has dtype {dtype!r}, {_of(shape)}, data_offsets {str(offsets)[:200]}")
     spec = TensorSpec(name, dtype, tuple(shape))
-    if end - begin != spec.elements * ITEM_SIZES[dtype]:
-        raise _broken(path, f"tensor '{name}' of shape {shape} {dtype} has {end - begin} bytes of data")
+    if end - begin != _bytes(path, spec):
+        raise _broken(path, f"tensor '{name}' {dtype} of {_of(shape)} has {end - begin} bytes of data")
     return StoredTensor(spec, path, data_start + begin, end - begin)
+
+
+def _of(shape: list[Any]) -> str:
+    """A shape for a message; a hostile one has millions of dimensions."""
+    return f"shape {shape}" if len(shape) <= 16 else f"a shape of {len(shape)} dimensions"
+
+
+def _bytes(path: Path, spec: TensorSpec) -> int:
+    """The bytes of a tensor; multiplied out step by step, so that a long shape costs no long numbers."""
+    count = 1
+    for size in (*spec.shape, ITEM_SIZES[spec.dtype]):
+        count *= size
+        if count > MAX_SIZE:
+            raise _broken(
+                path, f"tensor '{spec.name}' {spec.dtype} of {_of(list(spec.shape))} is too large for 64 bits"
+            )
+    return count
 
 
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in the order of their data. Raises InputFileError; reads the header only."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        # Without waiting: a pipe in place of a file has no writer.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise _broken(path, "it is no plain file")
+            size = state.st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise _broken(path, f"the header would take {length} bytes, the file has {size}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import progress
-from .arguments import AsJson, Device, ProfilesDir, RecipePath
+from .arguments import AllowPickle, AsJson, Device, ProfilesDir, RecipePath
 from .terminal import print_table
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def coefficients(
     ] = None,
     profiles: ProfilesDir = None,
     device: Device = "auto",
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the coefficients of a recipe; measures only what was not measured before."""
@@ -60,7 +61,7 @@ def coefficients(
         "temperature": temperature,
     }
     loaded = with_settings(load_recipe(recipe), changes)
-    result = weigh(loaded, profiles_dir=profiles, device=device)
+    result = weigh(loaded, profiles_dir=profiles, device=device, allow_pickle=allow_pickle)
     for warning in result.warnings:
         progress.warning(warning)
     if as_json:

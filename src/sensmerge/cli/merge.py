@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import AsJson, Device, ProfilesDir, RecipePath
+from .arguments import AllowPickle, AsJson, Device, ProfilesDir, RecipePath
 from .plan import facts
 from .plan import show as show_plan
 from .terminal import parse_size, print_json, size_text
@@ -27,6 +27,7 @@ def merge(
         int | None, typer.Option("--random-seed", metavar="N", help="Seed of a method that draws at random.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge models; calibrates first if the recipe has a `sens:` block and was not calibrated before."""
@@ -45,6 +46,7 @@ def merge(
             shard_bytes=shard_bytes,
             jobs=jobs,
             seed=random_seed,
+            allow_pickle=allow_pickle,
         )
         if as_json:
             print_json(facts(found))
@@ -60,6 +62,7 @@ def merge(
         shard_bytes=shard_bytes,
         jobs=jobs,
         seed=random_seed,
+        allow_pickle=allow_pickle,
     )
     has_scale = METHODS.get(result.plan.method, where="merge_method").adds
     if as_json:

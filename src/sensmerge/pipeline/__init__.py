@@ -26,7 +26,7 @@ ARITHMETIC = ("preset", "rule", "temperature", "total", "axis", "direction", "ot
 
 
 def calibrate(
-    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto"
+    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto", allow_pickle: bool = False
 ) -> tuple[list[SensitivityProfile], Alignment | None]:
     """Measure every expert of `recipe` (eq. 1-4), or read what was measured before from `profiles_dir` (`<recipe>.sens/`).
 
@@ -35,7 +35,7 @@ def calibrate(
     """
     settings_of(recipe)
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
-    with open_models(recipe) as models:
+    with open_models(recipe, allow_pickle=allow_pickle) as models:
         calibration = calibrate_models(recipe, models, folder, device)
     return list(calibration.profiles), calibration.alignment
 
@@ -69,13 +69,15 @@ def coefficients(
     )
 
 
-def weigh(recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto") -> Coefficients:
+def weigh(
+    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto", allow_pickle: bool = False
+) -> Coefficients:
     """The coefficients of a recipe, kept as `coefficients.json` in `profiles_dir`; calibrates first where it must.
 
     With valid profiles no model is loaded. λ is null while it is `auto`.
     """
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
-    with open_models(recipe) as models:
+    with open_models(recipe, allow_pickle=allow_pickle) as models:
         recipe = sized(recipe, models)
         calibration: Calibration | None = None
         if needs_calibration(recipe):

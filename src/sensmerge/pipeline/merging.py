@@ -226,6 +226,7 @@ def _describe(
         lambda_=prepared.plan.scale if method.adds else None,
         random_seed=int(without_filters(levels, method.by_name["seed"]) or 0) if method.draws else None,
         inputs={model.label: model.fingerprint() for model in models.all},
+        commits=dict(models.commits),
         searched=searched(recipe, models.readers, out),
         outputs=dict(hashes),
         companions=companion_hashes(staging),
@@ -249,19 +250,21 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     jobs: int | None = None,
     seed: int | None = None,
+    allow_pickle: bool = False,
 ) -> MergeResult:
     """Merge the models of `recipe` into the folder `out`: a model that `transformers` loads, with all that explains it.
 
     Calibrates first where the recipe has a `sens:` block and no valid files exist in `profiles_dir` (default: `<recipe>.sens/`);
     `coefficients` replaces the recipe's own rule, `seed` that of a method that draws at random; `jobs` is the number of threads
-    (default: one for each core), which changes no byte. `out` is untouched until the merge is complete. Raises the errors of
-    sensmerge.errors. Cost of the merge itself: one read of every input byte, one write of every output byte, constant memory.
+    (default: one for each core), which changes no byte; `allow_pickle` reads `pytorch_model*.bin` where a model has nothing else.
+    `out` is untouched until the merge is complete. Raises the errors of sensmerge.errors. Cost of the merge itself: one read of
+    every input byte, one write of every output byte, constant memory.
     """
     started = time.monotonic()
     out = Path(out)
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
     recipe = seeded(recipe, seed)
-    with open_models(recipe) as models:
+    with open_models(recipe, allow_pickle=allow_pickle) as models:
         check_output(recipe, models, out, folder, overwrite)
         check_tokenizers(recipe, models)
         check_models(recipe, models)

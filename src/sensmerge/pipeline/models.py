@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -36,7 +36,8 @@ class RecipeModels:
     """The open models of a recipe: experts in recipe order, and every model by its string. Close it, or use it in a `with` block.
 
     `base` is the recipe's base_model; `donor` is where the config comes from: the base, else the first model. `tokenizer` says
-    which tokens the merged model has; the readers show their rows.
+    which tokens the merged model has; the readers show their rows. `commits` has the commit of each
+    model that came from the hub.
     """
 
     base: Checkpoint | None
@@ -45,6 +46,7 @@ class RecipeModels:
     readers: Mapping[str, Checkpoint]
     donor: Checkpoint
     tokenizer: TokenizerPlan
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> RecipeModels:
         return self
@@ -95,6 +97,7 @@ def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
         readers=readers,
         donor=donor_of(recipe, readers),
         tokenizer=tokenizer,
+        commits=opening.commits,
     )
 
 
