@@ -472,7 +472,7 @@ def test_one_folder_under_two_names_is_refused(untrained: FamilyFiles, tmp_path:
         models = "".join(f"  - model: {untrained.folder}/{name}\n" for name in names)
         path = tmp_path / "twice.yml"
         path.write_text(f"merge_method: task_arithmetic\nbase_model: {untrained.base}\nmodels:\n{models}")
-        with pytest.raises(RecipeError, match="one folder"):
+        with pytest.raises(RecipeError, match="one model"):
             sm.merge(sm.load_recipe(path), tmp_path / "out")
 
 

@@ -22,6 +22,24 @@ def check_output(recipe: Recipe, models: RecipeModels, out: Path, kept: Path, ov
 
     `kept` is where the calibration is kept.
     """
+    check_place(recipe, models, out, kept)
+    if not overwrite:
+        check_empty(recipe, out)
+
+
+def check_empty(recipe: Recipe, out: Path) -> None:
+    """Raise OutputError unless `out` is absent or empty."""
+    if out.is_dir() and any(out.iterdir()):
+        raise _refuse_output(
+            "the output folder is not empty",
+            out,
+            "nothing that exists is overwritten unless you say so",
+            f"choose another folder, or replace all of this one: sensmerge merge {recipe.path} {out} --overwrite",
+        )
+
+
+def check_place(recipe: Recipe, models: RecipeModels, out: Path, kept: Path) -> None:
+    """Raise OutputError if `out` cannot be a folder of its own, or holds, is or lies in anything that this merge reads."""
     target = out.resolve()
     for model in models.all:
         for folder in model.folders:
@@ -45,13 +63,6 @@ def check_output(recipe: Recipe, models: RecipeModels, out: Path, kept: Path, ov
     for needed in (recipe.path, kept, *named_files(recipe)):
         if target in needed.resolve().parents or target == needed.resolve():
             raise _refuse_output("the output folder holds what this merge needs", out, f"{needed} lies in it")
-    if not overwrite:
-        raise _refuse_output(
-            "the output folder is not empty",
-            out,
-            "nothing that exists is overwritten unless you say so",
-            f"choose another folder, or replace all of this one: sensmerge merge {recipe.path} {out} --overwrite",
-        )
 
 
 def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
