@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,9 @@ class Staging:
             path = self.out / name
             if name != "README.md" and not (path.is_file() and path.stat().st_size == size):
                 return False
-        if self.interrupted() == identity:
-            files.remove_tree(self.work)
+        if self.interrupted() in (None, identity):
+            with suppress(OutputError):
+                self.discard()
         return True
 
     def interrupted(self) -> dict[str, Any] | None:

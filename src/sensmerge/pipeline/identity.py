@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,17 @@ def identity_of(recipe: Recipe, models: RecipeModels, plan: MergePlan, states: S
         "seed": sorted({repr(each.options["seed"]) for each in plan.tensors if "seed" in each.options}),
         "files": hash_of(plan.shards),
         "inputs": {model.label: [model.fingerprint(), states[model.label]] for model in models.all},
-        "versions": {name: version(name) for name in (*COMPUTING, *(("torch",) if whole else ()))},
+        "versions": {name: version_of(name) for name in (*COMPUTING, *(("torch",) if whole else ()))},
         "device": device if whole else None,
     }
     result: dict[str, Any] = json.loads(json.dumps(identity))
     return result
+
+
+@cache
+def version_of(package: str) -> str:
+    """The version of an installed package."""
+    return version(package)
 
 
 def _meaning(text: str) -> str:

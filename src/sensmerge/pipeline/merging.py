@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from .. import progress
@@ -26,7 +25,7 @@ from ..settings import as_written, without_filters
 from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
 from .checking import check_empty, check_place, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config, write_companions
-from .identity import check_unchanged, identity_of, input_states
+from .identity import check_unchanged, identity_of, input_states, version_of
 from .models import RecipeModels, open_models
 from .resuming import check_not_taken, check_resumable, command_of, finished, writing
 from .weighing import coefficients_of, needs_calibration, preset_scale, sized
@@ -162,7 +161,7 @@ def _prepare(
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    return {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONED}}
+    return {"python": sys.version.split()[0], **{name: version_of(name) for name in VERSIONED}}
 
 
 def _describe(
