@@ -55,9 +55,7 @@ def broken(case: Case, failing: Failing, *, old: bool) -> BaseException | None:
 
 
 @pytest.mark.parametrize(("fault", "old"), [("full", True), ("failing", True), ("crash", True), ("crash", False)])
-def test_the_old_model_or_the_new_one_whatever_fails(
-    case: Case, new: dict[str, bytes], fault: str, old: bool
-) -> None:
+def test_the_old_model_or_the_new_one_whatever_fails(case: Case, new: dict[str, bytes], fault: str, old: bool) -> None:
     calls = calls_of(case, old=old)
     assert ("exchange" in calls) is old
     case.clear(old=old)

@@ -45,7 +45,7 @@ def _states_in(folder: Path) -> dict[str, list[int]]:
             "the files of a model cannot be found any more",
             where=str(folder),
             why=str(error),
-            fix="restore them and run the command again",
+            fix="restore them, then run the same command again",
         ) from error
     return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
 
