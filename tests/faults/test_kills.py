@@ -42,6 +42,8 @@ class Zygote:
 
     def ended(self) -> int:
         """Wait for the end; the exit code, negative for a signal."""
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
         return int(self._line())
 
     def close(self) -> None:

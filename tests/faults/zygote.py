@@ -1,7 +1,7 @@
 """A process that has everything imported and compiled, and forks the command line again and again: `python zygote.py RECIPE`.
 
 It merges RECIPE once to be warm, says "ready", and then reads one JSON list of arguments a line; it answers with the number of
-the process that runs them, and with its exit code once it has ended. Its standard error goes to the file named first.
+the process that runs them, and after one more line with its exit code, once it has ended. Its standard error goes to the file named first.
 """
 
 from __future__ import annotations
@@ -41,4 +41,6 @@ if __name__ == "__main__":
         if pid == 0:
             run(log, arguments)
         print(pid, flush=True)
+        # Its number belongs to nobody else until it is asked after: whoever kills it kills no other.
+        sys.stdin.readline()
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
