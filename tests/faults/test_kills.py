@@ -101,13 +101,20 @@ def phase_of(case: Case) -> str:
     return f"2 weights, {25 * min(3, sum(ends.values()) * 4 // 56_000_000)} % and more"
 
 
+def has_tensors(journal: Path) -> bool:
+    """Is a tensor done?"""
+    try:
+        return journal.stat().st_size > 0
+    except OSError:
+        return False
+
+
 def durations(case: Case, zygote: Zygote, *arguments: str) -> tuple[float, float]:
     """Seconds of an undisturbed merge until its first tensor is done, and from there to its end."""
     case.clear(old=False)
     started = time.monotonic()
     zygote.start(*arguments)
-    journal = case.work / "journal"
-    while not (journal.exists() and journal.stat().st_size) and time.monotonic() - started < 60:
+    while not has_tensors(case.work / "journal") and time.monotonic() - started < 60:
         time.sleep(0.001)
     first = time.monotonic()
     assert zygote.ended() == 0, zygote.log.read_text()

@@ -1,7 +1,8 @@
 """A process that has everything imported and compiled, and forks the command line again and again: `python zygote.py RECIPE`.
 
 It merges RECIPE once to be warm, says "ready", and then reads one JSON list of arguments a line; it answers with the number of
-the process that runs them, and after one more line with its exit code, once it has ended. Its standard error goes to the file named first.
+the process that runs them, and after one more line with its exit code, once it has ended. Its standard error goes to the file
+that is named first.
 """
 
 from __future__ import annotations
