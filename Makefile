@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= demo
 DEMO_ARGS ?=
 
-.PHONY: demo test test-fast lint wheel clean
+.PHONY: demo test test-long lint wheel clean
 
 # Each environment is made once, and again when a file that decides its contents changes; then no network is needed.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -24,6 +24,10 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
+
+# As `test`, and a merge is killed at 200 random instants, not at 20.
+test-long: $(VENV)/.dev lint
+	SENSMERGE_KILLS=200 $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests attacks benchmarks

@@ -18,7 +18,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-import sensmerge.checkpoints.writer as writer_module
+from sensmerge.checkpoints import digest as digest_module
 from sensmerge.checkpoints.folder import ModelFolder
 from sensmerge.checkpoints.formats import FLOATS, ITEM_SIZES
 from sensmerge.checkpoints.writer import Shard, ShardWriter, output_config, split_into_shards, write_index
@@ -187,8 +187,8 @@ def test_pieces_in_any_order_and_from_any_thread_give_the_same_file(
     tmp_path: Path, waiting: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the same hash: pieces that wait for an earlier one are kept, or read again where there is no room."""
-    monkeypatch.setattr(writer_module, "WAITING_BYTES", waiting)
-    monkeypatch.setattr(writer_module, "WRITEBACK_BYTES", 5000)
+    monkeypatch.setattr(digest_module, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(digest_module, "WRITEBACK_BYTES", 5000)
     stored = {
         name: torch.randn(size, generator=torch.Generator().manual_seed(size))
         for name, size in (("a", 5003), ("b", 977))

@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from sensmerge import randomness
-from sensmerge.checkpoints import writer
+from sensmerge.checkpoints import digest
 from sensmerge.checkpoints.writer import Shard, ShardWriter
 from sensmerge.errors import ResourceError
 from sensmerge.execution import convert, phases
@@ -91,7 +91,7 @@ def test_weights_are_summed_exactly(tmp_path: Path) -> None:
 
 
 def test_what_waits_for_its_turn_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "WAITING_BYTES", 100)
+    monkeypatch.setattr(digest, "WAITING_BYTES", 100)
     shard = Shard("model.safetensors", (TensorSpec("w", "F32", (100,)),))
     out = ShardWriter(tmp_path, shard)
     values = np.arange(100, dtype=np.float32)

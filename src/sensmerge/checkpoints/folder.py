@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputFileError
 from ..records import TensorSpec
+from . import files
 from .containment import check_files
 from .fingerprint import fingerprint_of
 from .formats import ITEM_SIZES, Raw
@@ -44,6 +45,7 @@ class ModelFolder:
         refuse_quantised(self.label, path, self.config, self.tensors)
         self._descriptors: dict[Path, int] = {}
         self._opening = threading.Lock()
+        self._fingerprint: str | None = None
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -81,13 +83,23 @@ class ModelFolder:
 
     def fingerprint(self) -> str:
         """See Checkpoint."""
-        return fingerprint_of(self)
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(self)
+        return self._fingerprint
 
     def _pread(self, stored: StoredTensor, offset: int, view: memoryview) -> None:
         descriptor = self._open(stored.file)
         done = 0
         while done < len(view):
-            got = os.preadv(descriptor, [view[done:]], stored.offset + offset + done)
+            try:
+                got = files.read_into(descriptor, view[done:], stored.offset + offset + done)
+            except OSError as error:
+                raise InputFileError(
+                    "this file of the model cannot be read",
+                    where=f"{stored.file}, tensor '{stored.spec.name}'",
+                    why=str(error),
+                    fix="check the disk or the network folder that holds it, then run the same command again",
+                ) from error
             if got == 0:
                 raise InputFileError(
                     "this file has become shorter while it was read",

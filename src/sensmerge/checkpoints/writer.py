@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,9 @@ import xxhash
 
 from ..errors import ResourceError
 from ..records import TensorSpec
+from . import files
+from .digest import Journal, OrderedDigest, proven
+from .files import write_failure
 from .formats import ITEM_SIZES, Raw
 
 SINGLE_FILE = "model.safetensors"
@@ -92,51 +92,49 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         "weight_map": dict(sorted((spec.name, shard.file) for shard in shards for spec in shard.tensors)),
     }
     try:
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        files.write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     except OSError as error:
         raise write_failure(folder / INDEX_FILE, error) from error
-
-
-def write_failure(path: Path, error: OSError) -> ResourceError:
-    """The error for an output that could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what, fix = (
-            "the disk is full",
-            "free some space or choose another output folder, then run the same command again",
-        )
-    elif error.errno in (errno.EMFILE, errno.ENFILE):
-        what, fix = "too many output files are open at once", "write fewer, larger files: --shard-size 5GB"
-    else:
-        what = "the output could not be written"
-        fix = "check the folder's permissions and the disk, then run the same command again"
-    return ResourceError(what, where=str(path), why=str(error), fix=fix)
 
 
 class ShardWriter:
     """Writes one shard's tensors in pieces, in any order and from any number of threads, at places known beforehand.
 
     The whole file is allocated first, so that a full disk is found before any work. `close` makes it durable and returns its
-    XXH3-128 (hex), which is formed while the pieces come in. Raises ResourceError when the disk is full and ValueError if the
-    pieces do not cover the tensors promised in the header.
+    XXH3-128 (hex), which is formed while the pieces come in. With a `journal`, an unfinished file is gone on with: `finished` are
+    the tensors whose bytes are proven to be there; without one the file must not exist. Raises ResourceError when the disk is
+    full and ValueError if the pieces do not cover the tensors promised in the header.
     """
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
+    def __init__(self, folder: Path, shard: Shard, journal: Journal | None = None) -> None:
         self._path = folder / shard.file
         header = shard.header()
-        self._size = len(header) + shard.data_bytes
+        self.size = len(header) + shard.data_bytes
         self._places = shard.places(len(header))
         try:
-            self._descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            self._descriptor = files.open_output(self._path, new=journal is None)
         except OSError as error:
             raise write_failure(self._path, error) from error
-        self._digest = _OrderedDigest(self._descriptor)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._descriptor, 0, self._size)
-            self._write(header, 0)
+            self._begin(shard.file, header, journal)
         except OSError as error:
             os.close(self._descriptor)
             raise write_failure(self._path, error) from error
+        begun = self._digest.end
+        self.finished = frozenset(name for name, (at, _, size) in self._places.items() if at + size <= begun)
+
+    def _begin(self, file: str, header: bytes, journal: Journal | None) -> None:
+        """Find what is there, make room for the rest, and write the header unless it is there. Raises OSError."""
+        marks = frozenset(place + size for place, _, size in self._places.values())
+        end, begun = 0, xxhash.xxh3_128()
+        if journal is not None and os.pread(self._descriptor, len(header), 0) == header:
+            claims = journal.claims.get(file, {})
+            end, begun = proven(self._descriptor, {at: digest for at, digest in claims.items() if at in marks})
+        files.allocate(self._descriptor, self.size)
+        told = None if journal is None else (journal, file, marks)
+        self._digest = OrderedDigest(self._descriptor, end=end, begun=begun, journal=told)
+        if end == 0:
+            self._write(header, 0)
 
     def write(self, name: str, start: int, piece: Raw) -> None:
         """Write raw elements of tensor `name` (in the output dtype) from its element `start` on."""
@@ -151,106 +149,58 @@ class ShardWriter:
 
     def close(self) -> str:
         """Flush to the disk and return the file's hash."""
-        if self._digest.end != self._size:
-            raise ValueError(f"{self._path}: {self._size - self._digest.end} bytes of tensor data were not written")
+        if self._digest.end != self.size:
+            raise ValueError(f"{self._path}: {self.size - self._digest.end} bytes of tensor data were not written")
         try:
-            os.fsync(self._descriptor)
+            files.sync(self._descriptor)
         except OSError as error:
             raise write_failure(self._path, error) from error
         self.abandon()
         return self._digest.hexdigest()
 
     def abandon(self) -> None:
-        """Close without a promise; the file is for deletion. A second call does nothing."""
+        """Close without a promise. A second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
-        view, done = memoryview(data), 0
-        while done < len(view):
-            done += os.pwrite(self._descriptor, view[done:], offset + done)
+        view = memoryview(data)
+        files.write_at(self._descriptor, view, offset)
         if len(view):
             self._digest.add(offset, view)
 
 
-# Pieces that wait for an earlier one are kept in memory up to this much, and read again from the file beyond it.
-WAITING_BYTES = 16 << 20
-# So much of a file, once written, is sent on its way to the disk while the rest is computed.
-WRITEBACK_BYTES = 32 << 20
+def open_shards(folder: Path, shards: Sequence[Shard], journal: Journal | None = None) -> dict[str, ShardWriter]:
+    """A writer for every shard, by file name, all with their room on the disk. Raises ResourceError saying how much is missing."""
+    writers: dict[str, ShardWriter] = {}
+    needed = sum(len(shard.header()) + shard.data_bytes for shard in shards)
+    try:
+        free = shutil.disk_usage(folder).free + sum(
+            (folder / shard.file).stat().st_blocks * 512 for shard in shards if (folder / shard.file).exists()
+        )
+        for shard in shards:
+            writers[shard.file] = ShardWriter(folder, shard, journal)
+    except BaseException as error:
+        for writer in writers.values():
+            writer.abandon()
+        full = error.__cause__ if isinstance(error, ResourceError) else None
+        if isinstance(full, OSError) and full.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(folder, needed, free, full) from full
+        if isinstance(error, OSError):
+            raise write_failure(folder, error) from error
+        raise
+    return writers
 
 
-class _OrderedDigest:
-    """XXH3-128 of a file whose pieces are written in any order: each is hashed when all before it were."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._hash = xxhash.xxh3_128()
-        self._lock = threading.Lock()
-        self._waiting: dict[int, tuple[int, bytes | None]] = {}
-        self._kept = 0
-        self._hashing = False
-        self._sent = 0
-        self.end = 0
-
-    def add(self, offset: int, view: memoryview) -> None:
-        """Take note of a piece that was written; hash it, and what waited for it, if its turn has come."""
-        with self._lock:
-            if self._hashing or offset != self.end:
-                keep = self._kept + len(view) <= WAITING_BYTES
-                self._kept += len(view) if keep else 0
-                self._waiting[offset] = len(view), bytes(view) if keep else None
-                return
-            self._hashing = True
-        self._take(view)
-        while True:
-            with self._lock:
-                waiting = self._waiting.pop(self.end, None)
-                if waiting is None:
-                    self._hashing = False
-                    return
-                size, kept = waiting
-                self._kept -= size if kept is not None else 0
-            if kept is not None:
-                self._take(memoryview(kept))
-            else:
-                self._read_again(size)
-
-    def hexdigest(self) -> str:
-        """The hash of everything up to `end`."""
-        return self._hash.hexdigest()
-
-    def _read_again(self, size: int) -> None:
-        stop = self.end + size
-        while self.end < stop:
-            piece = os.pread(self._descriptor, min(1 << 20, stop - self.end), self.end)
-            if not piece:
-                raise OSError(errno.EIO, "the file became shorter while it was written")
-            self._take(memoryview(piece))
-
-    def _take(self, view: memoryview) -> None:
-        self._hash.update(view)
-        self.end += len(view)
-        if self.end - self._sent >= WRITEBACK_BYTES:
-            start_writeback(self._descriptor, self._sent, self.end - self._sent)
-            self._sent = self.end
-
-
-@cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Linux's sync_file_range, where the C library has it."""
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
-    if function is not None:
-        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function
-
-
-def start_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Have the kernel begin to write these bytes to the disk, so that the last fsync has less to wait for. A hint: never fails."""
-    sync = _sync_file_range()
-    if sync is not None:
-        write_only = 2  # SYNC_FILE_RANGE_WRITE: start, wait for nothing
-        sync(descriptor, offset, size, write_only)
+def _no_room(folder: Path, needed: int, free: int, full: OSError) -> ResourceError:
+    missing = f"{needed:,} bytes are needed for the weights and {free:,} are free: {needed - free:,} are missing"
+    return ResourceError(
+        "the disk is full",
+        where=str(folder),
+        why=missing if needed > free else f"{needed:,} bytes are needed for the weights: {full.strerror}",
+        fix="free some space or choose another output folder, then run the same command again",
+    )
 
 
 def output_config(config: Mapping[str, object], dtype: str | None) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from types import FrameType
@@ -58,6 +59,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -81,7 +83,9 @@ def main() -> None:
         fail(str(error), error.exit_code)
     except Stopped as stopped:
         fail(
-            "stopped: nothing was overwritten; the same command starts again and re-uses what was measured",
+            f"stopped by {signal.Signals(stopped.number).name}\n  where: {' '.join(sys.argv[:2])}\n"
+            "  why:   no output was left half done, and what was measured and merged so far is kept\n"
+            f"  fix:   the same command goes on from here: {shlex.join(['sensmerge', *sys.argv[1:]])}",
             stopped.exit_code,
         )
     except MemoryError as error:

@@ -19,6 +19,9 @@ def merge(
     profiles: ProfilesDir = None,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the merge is complete.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted merge into OUT has left.")
+    ] = False,
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest output file.")] = "5GB",
     jobs: Annotated[
         int | None, typer.Option("--jobs", metavar="N", min=1, max=256, help="Threads [one for each core].")
@@ -59,6 +62,7 @@ def merge(
         profiles_dir=profiles,
         device=device,
         overwrite=overwrite,
+        restart=restart,
         shard_bytes=shard_bytes,
         jobs=jobs,
         seed=random_seed,
@@ -82,5 +86,8 @@ def merge(
         from .coefficients import show
 
         show(result.coefficients)
+    if not result.written:
+        print(f"complete already: {out}")
+        return
     scale = f", lambda = {result.scale:g}" if has_scale else ""
     print(f"merged into {out}: {size_text(result.plan.bytes_written)} in {result.seconds:.1f} s{scale}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,9 @@ def run_plan(
     chunk_bytes: int = CHUNK_BYTES,
     names: set[str] | None = None,
     device: str = "auto",
+    finished: Collection[str] = (),
 ) -> None:
-    """Merge the tensors of `plan` (those in `names`) and give every tile to `sink`.
+    """Merge the tensors of `plan` (those in `names`, but for those that are `finished`) and give every tile to `sink`.
 
     `jobs` threads, one for each core by default. `device` (auto, cpu, cuda) is for methods of whole tensors. Raises NonFiniteError,
     InputFileError, IncompatibleModelsError, and what the sink raises.
@@ -52,12 +53,14 @@ def run_plan(
     def begun(tensor: TensorPlan) -> TensorWork:
         return TensorWork(tensor, method, readers, chunk_bytes)
 
-    thresholds = _global_thresholds([*floats], begun, run) if method.steps is not None else None
+    # Whole-model thresholds need every tensor, merged already or not; where nothing is left to merge they need none.
+    left = method.steps is not None and any(tensor.spec.name not in finished for tensor in floats)
+    thresholds = _global_thresholds([*floats], begun, run) if left else None
     store, counters = ChunkStore(chunk_bytes), Counters()
 
     def tensors() -> Tensors:
         for tensor in plan.tensors:
-            if names is not None and tensor.spec.name not in names:
+            if (names is not None and tensor.spec.name not in names) or tensor.spec.name in finished:
                 continue
             if tensor.spec.dtype not in FLOATS:
                 yield iter([CopyPhase(tensor, readers, sink)])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +18,23 @@ from .tiles import Worker, position
 
 
 class FileSink:
-    """Scales, adds and rounds each tile, and writes each chunk to its place. Raises NonFiniteError, ResourceError."""
+    """Scales, adds and rounds each tile, and writes each chunk to its place. Raises NonFiniteError, ResourceError.
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], method: Method, advance: Callable[[int], None]) -> None:
+    `writers` are those of the `shards` by file, and closed with the sink; `advance` is told how many elements were written.
+    """
+
+    def __init__(
+        self,
+        writers: Mapping[str, ShardWriter],
+        shards: Sequence[Shard],
+        method: Method,
+        advance: Callable[[int], None],
+    ) -> None:
         self._adds = method.adds
         self._advance = advance
         self._lock = threading.Lock()
-        self._writers: dict[str, ShardWriter] = {}
-        self._tensors: dict[str, ShardWriter] = {}
-        try:
-            for shard in shards:
-                writer = self._writers[shard.file] = ShardWriter(folder, shard)
-                self._tensors |= dict.fromkeys((spec.name for spec in shard.tensors), writer)
-        except BaseException:
-            self.abandon()
-            raise
+        self._writers = writers
+        self._tensors = {spec.name: writers[shard.file] for shard in shards for spec in shard.tensors}
 
     def tile(self, worker: Worker, tensor: TensorPlan, first: int, size: int, chunk: tuple[int, int]) -> None:
         """Round `worker.out[:size]` into the worker's output."""

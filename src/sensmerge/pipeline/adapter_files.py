@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints.families import natural_key, tied_head
+from ..checkpoints.files import write_failure
 from ..checkpoints.lora.config import CONFIG_FILE, WEIGHTS_FILE
 from ..checkpoints.source import TOKENIZER_FILES, Checkpoint
+from ..checkpoints.staging import staging
 from ..checkpoints.writer import ShardWriter, split_into_shards
 from ..errors import IncompatibleModelsError
 from ..records import TensorSpec
-from .merging import staging_folder
 
 if TYPE_CHECKING:
     from ..calibration.modules import Skeleton
@@ -90,21 +91,31 @@ def write_adapter(model: Checkpoint, base: Checkpoint, out: Path, factors: Mappi
     copies = [(name, replace(model.tensors[name], name=f"base_model.model.{written}")) for name, written in full]
     specs = [*(spec for spec, _ in pieces), *(spec for _, spec in copies)]
     [shard] = split_into_shards(specs, sum(spec.elements for spec in specs) * 8)
-    with staging_folder(out) as staging:
-        writer = ShardWriter(staging, replace(shard, file=WEIGHTS_FILE))
+    with staging(out) as stage:
+        stage.discard()
+        stage.begin({"adapter": str(out)}, frozenset())
         try:
-            for spec, values in pieces:
-                writer.write(spec.name, 0, values.reshape(-1))
-            for name, spec in copies:
-                writer.write(spec.name, 0, model.read(name, 0, spec.elements))
-            writer.close()
-        finally:
-            writer.abandon()
-        config = json.dumps(_config(base, factors, saved), indent=2, sort_keys=True)
-        (staging / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if (model.tokenizer_path / name).is_file():
-                shutil.copyfile(model.tokenizer_path / name, staging / name)
+            writer = ShardWriter(stage.model, replace(shard, file=WEIGHTS_FILE))
+            try:
+                for spec, values in pieces:
+                    writer.write(spec.name, 0, values.reshape(-1))
+                for name, spec in copies:
+                    writer.write(spec.name, 0, model.read(name, 0, spec.elements))
+                writer.close()
+            finally:
+                writer.abandon()
+            config = json.dumps(_config(base, factors, saved), indent=2, sort_keys=True)
+            (stage.model / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+            for name in TOKENIZER_FILES:
+                if (model.tokenizer_path / name).is_file():
+                    shutil.copyfile(model.tokenizer_path / name, stage.model / name)
+            stage.commit(overwrite=False)
+        except OSError as error:
+            stage.discard()
+            raise write_failure(out, error) from error
+        except BaseException:
+            stage.discard()
+            raise
     return sum(spec.elements for spec in specs)
 
 

@@ -1,20 +1,16 @@
-"""A merge from recipe to folder: calibrate, weigh, tune, plan, write, describe, rename."""
+"""A merge from recipe to folder: calibrate, weigh, tune, plan, write, describe, put in place."""
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from .. import progress
 from ..checkpoints.families import group_tensors
-from ..checkpoints.writer import write_failure
+from ..checkpoints.staging import staging
 from ..errors import RecipeError
 from ..execution.run import execute
 from ..methods import METHODS
@@ -26,9 +22,11 @@ from ..rules.compute import applied
 from ..sens_block import check_coefficients_apply
 from ..settings import as_written, without_filters
 from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
-from .checking import check_models, check_output, check_tokenizers, tell_unmatched_filters
-from .companions import output_model_config, write_companions
+from .companions import write_companions
+from .identity import check_unchanged, identity_of, input_states, version_of
 from .models import RecipeModels, open_models
+from .planning import check_before
+from .resuming import check_not_taken, check_resumable, command_of, finished, writing
 from .tracing import RECORD, companion_hashes, searched
 from .weighing import coefficients_of, needs_calibration, preset_scale, sized
 
@@ -37,7 +35,7 @@ VERSIONED = ("sensmerge", "numpy", "torch", "transformers", "safetensors")
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Where the merged model is, and what it was made with."""
+    """Where the merged model is, and what it was made with; `written` is False where it was complete already."""
 
     folder: Path
     plan: MergePlan
@@ -45,6 +43,7 @@ class MergeResult:
     scale: float
     hashes: Mapping[str, str]
     seconds: float
+    written: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,42 +60,6 @@ class _Prepared:
 def seeded(recipe: Recipe, seed: int | None) -> Recipe:
     """`recipe` with another seed of its method's draws, if one is given. Raises RecipeError where nothing is drawn."""
     return recipe if seed is None else with_seed(recipe, seed)
-
-
-@contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
-
-    `out` is the old folder or the complete new one, except for the instant between two renames when an old one is replaced. Not
-    covered: a kill leaves the staging folder (a dot, the output's name, random letters) behind.
-    """
-    out = out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise write_failure(out, error) from error
-    try:
-        staging.chmod(0o755)
-        try:
-            yield staging
-        except OSError as error:
-            raise write_failure(staging, error) from error
-        if out.is_dir() and any(out.iterdir()):
-            old = staging.with_name(f"{staging.name}.old")
-            out.rename(old)
-            try:
-                staging.rename(out)
-            except BaseException:
-                if not out.exists():
-                    old.rename(out)
-                raise
-            shutil.rmtree(old)
-        else:
-            staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _tuned_scale(
@@ -171,8 +134,6 @@ def _prepare(
 
     # Models that do not fit together are refused before anything is measured.
     plain = plan_with(None, preset_scale(recipe))
-    tell_unmatched_filters(recipe, plain)
-    output_model_config(recipe, models)
     calibration, coefficients, record = None, None, None
     scale = 1.0 if recipe.lambda_ is None else recipe.lambda_
     if recipe.sens is not None and needs_calibration(recipe):
@@ -197,7 +158,7 @@ def _prepare(
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    return {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONED}}
+    return {"python": sys.version.split()[0], **{name: version_of(name) for name in VERSIONED}}
 
 
 def _describe(
@@ -247,6 +208,7 @@ def merge(
     profiles_dir: str | Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    restart: bool = False,
     shard_bytes: int = SHARD_BYTES,
     jobs: int | None = None,
     seed: int | None = None,
@@ -256,23 +218,59 @@ def merge(
 
     Calibrates first where the recipe has a `sens:` block and no valid files exist in `profiles_dir` (default: `<recipe>.sens/`);
     `coefficients` replaces the recipe's own rule, `seed` that of a method that draws at random; `jobs` is the number of threads
-    (default: one for each core), which changes no byte; `allow_pickle` reads `pytorch_model*.bin` where a model has nothing else.
-    `out` is untouched until the merge is complete. Raises the errors of sensmerge.errors. Cost of the merge itself: one read of
-    every input byte, one write of every output byte, constant memory.
+    (default: one for each core), which changes no byte; `allow_pickle` reads
+    `pytorch_model*.bin` where a model has nothing else. `out` is untouched until the merge is complete. A merge that was
+    interrupted is gone on with by the same call, and refused to another one unless `restart` throws it away; a complete one is
+    not written again. Raises the errors of sensmerge.errors. Cost of the merge itself: one read of every input byte, one write of
+    every output byte, constant memory.
     """
     started = time.monotonic()
     out = Path(out)
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
+    command = command_of(
+        recipe,
+        out,
+        profiles=profiles_dir,
+        device=device,
+        overwrite=overwrite,
+        shard_bytes=None if shard_bytes == SHARD_BYTES else shard_bytes,
+        seed=seed,
+        allow_pickle=allow_pickle,
+    )
     recipe = seeded(recipe, seed)
     with open_models(recipe, allow_pickle=allow_pickle) as models:
-        check_output(recipe, models, out, folder, overwrite)
-        check_tokenizers(recipe, models)
-        check_models(recipe, models)
-        prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
-        with staging_folder(out) as staging:
-            hashes = execute(prepared.plan, models.readers, staging, jobs=jobs, device=device)
-            write_companions(recipe, models, staging)
-            _describe(prepared, models, out, staging, hashes, time.monotonic() - started)
-    return MergeResult(
-        out, prepared.plan, prepared.coefficients, prepared.plan.scale, hashes, time.monotonic() - started
-    )
+        states = input_states(models)
+        check_before(
+            recipe,
+            models,
+            out,
+            folder,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+            jobs=jobs,
+            calibrates=coefficients is None,
+        )
+        with staging(out) as stage:
+            if not overwrite:
+                # Once more: what was broken off between two renames is in its place now.
+                check_not_taken(recipe, out)
+            prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
+            identity = identity_of(recipe, models, prepared.plan, states, device)
+            hashes = finished(stage, identity, restart=restart)
+            written = hashes is None
+            if hashes is None:
+                if not overwrite:
+                    check_empty(recipe, out)
+                check_resumable(stage, identity, command)
+                check_unchanged(models, states)
+                with writing(stage, identity, command, [file for file, _ in prepared.plan.shards]) as journal:
+                    hashes = execute(
+                        prepared.plan, models.readers, stage.model, jobs=jobs, device=device, journal=journal
+                    )
+                    write_companions(recipe, models, stage.model)
+                    _describe(prepared, models, out, stage.model, hashes, time.monotonic() - started)
+                    check_unchanged(models, states)
+                    stage.seal(identity)
+                    stage.commit(overwrite=overwrite)
+    seconds = time.monotonic() - started
+    return MergeResult(out, prepared.plan, prepared.coefficients, prepared.plan.scale, hashes, seconds, written)

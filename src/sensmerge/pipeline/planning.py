@@ -18,9 +18,10 @@ from ..records import Coefficients, MergePlan, Recipe, SensitivityProfile
 from ..rules.compute import compute
 from ..sens_block import settings_of
 from .calibrating import profiles_folder
-from .checking import check_empty, check_models, check_place, check_tokenizers, tell_unmatched_filters
+from .checking import check_models, check_place, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config
 from .models import RecipeModels, find_file, open_models, source_of
+from .resuming import check_not_taken
 from .weighing import needs_calibration, preset_scale, sized, unmeasured
 
 
@@ -59,7 +60,7 @@ def check_before(
         check_place(recipe, models, out, kept)
     if not overwrite:
         with faults.gathered():
-            check_empty(recipe, out)
+            check_not_taken(recipe, out)
     with faults.gathered():
         check_tokenizers(recipe, models)
     with faults.gathered():
