@@ -22,6 +22,7 @@ from ..rules.compute import applied
 from ..sens_block import check_coefficients_apply
 from ..settings import as_written, without_filters
 from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
+from .checking import check_empty
 from .companions import write_companions
 from .identity import check_unchanged, identity_of, input_states, version_of
 from .models import RecipeModels, open_models
