@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from .. import progress
@@ -85,10 +86,13 @@ def check_models(recipe: Recipe, models: RecipeModels) -> None:
     faults = Faults()
     with faults.gathered():
         check_allowed(recipe, models)
+    # A misspelt name must not come back in the lines that the other checks ask for.
+    recipe = replace(recipe, allow=recipe.allow & _known_checks(models))
+    before = len(faults.found)
     with faults.gathered():
         match_tensors(recipe, method, models.readers, with_base=recipe.sens is not None)
     with faults.gathered():
-        check_configs(recipe, models)
+        check_configs(recipe, models, tensors_fit=len(faults.found) == before)
     with faults.gathered():
         check_related(recipe, models)
     with faults.gathered():
@@ -109,8 +113,7 @@ def _check_tuned_head(recipe: Recipe, models: RecipeModels) -> None:
 
 def check_allowed(recipe: Recipe, models: RecipeModels) -> None:
     """Every name in `allow:` is a check or a key of some model's config.json; raises RecipeError naming those that are not."""
-    keys = {key.rpartition(".")[2] for model in models.all for key in (*normal_config(model.config), *model.config)}
-    known = {*CHECKS, *keys, *(key for key in KEYS["mathematics"] if "*" not in key)}
+    known = _known_checks(models)
     unknown = sorted(recipe.allow - known)
     if unknown:
         near = [suggestion(name, known) for name in unknown]
@@ -127,12 +130,21 @@ def check_allowed(recipe: Recipe, models: RecipeModels) -> None:
         )
 
 
-def check_configs(recipe: Recipe, models: RecipeModels) -> None:
+def _known_checks(models: RecipeModels) -> set[str]:
+    """Every name that `allow:` may have for these models."""
+    keys = {key.rpartition(".")[2] for model in models.all for key in (*normal_config(model.config), *model.config)}
+    return {*CHECKS, *keys, *(key for key in KEYS["mathematics"] if "*" not in key)}
+
+
+def check_configs(recipe: Recipe, models: RecipeModels, *, tensors_fit: bool = True) -> None:
     """The configs agree on what changes the mathematics, but for keys in `allow:`; other differences are told in one note.
 
-    Raises IncompatibleModelsError naming every key with the value that each model has.
+    Raises IncompatibleModelsError naming every key with the value that each model has. Unless `tensors_fit`, which no `allow:`
+    mends, it offers none.
     """
     found = differences(models.all, stacked=bool(recipe.slices), allowed=recipe.allow)
+    # These follow the model that the tokens come from.
+    found = [each for each in found if each.key not in models.tokenizer.config_ids]
     wrong = [each for each in found if each.matters and each.name not in recipe.allow]
     others = [each for each in found if each not in wrong]
     if others:
@@ -146,7 +158,12 @@ def check_configs(recipe: Recipe, models: RecipeModels) -> None:
             f"the models' config.json differ in {len(wrong)} key(s) that change what a model computes",
             where=", ".join(model.label for model in models.all),
             why=" | ".join(each.told() for each in wrong),
-            fix=f"merge models that agree; or, to take all from {models.donor.label}, add `allow: [{names}]` to the recipe",
+            fix="merge models that agree"
+            + (
+                f"; or, to take all from {models.donor.label}, add `allow: [{names}]` to the recipe"
+                if tensors_fit
+                else ""
+            ),
         )
 
 

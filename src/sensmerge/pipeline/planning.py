@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ..sens_block import settings_of
 from .calibrating import profiles_folder
 from .checking import check_models, check_place, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config
-from .models import RecipeModels, find_file, open_models, source_of
+from .models import RecipeModels, find_file, open_models, realigned, source_of
 from .resuming import check_not_taken
 from .weighing import needs_calibration, preset_scale, sized, unmeasured
 
@@ -61,8 +62,13 @@ def check_before(
     if not overwrite:
         with faults.gathered():
             check_not_taken(recipe, out)
-    with faults.gathered():
+    try:
         check_tokenizers(recipe, models)
+    except SensmergeError as error:
+        faults.found.append(error)
+        # What is wrong beside the vocabularies is told of the models as they will be once that is mended.
+        with suppress(SensmergeError):
+            models = realigned(recipe, models)
     with faults.gathered():
         check_models(recipe, models)
     with faults.gathered():
