@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -147,7 +146,7 @@ def test_an_adapters_files_do_not_lead_out_of_its_folder(made: Path, tmp_path: P
     shutil.copytree(made / "stranger", tmp_path / "base")
     shutil.copytree(made / "lora", tmp_path / "lora")
     (tmp_path / "lora" / file).rename(tmp_path / file)
-    os.symlink(tmp_path / file, tmp_path / "lora" / file)
+    (tmp_path / "lora" / file).symlink_to(tmp_path / file)
     (tmp_path / "r.yml").write_text(recipe("base+lora", extra="allow: [rope_theta]\n"))
     done = sensmerge("plan", "r.yml", cwd=tmp_path)
     assert done.returncode == 3, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from ..calibration.samples import read_samples
 from ..checkpoints.source import TOKENIZER_FILES
+from ..checkpoints.staging import work_folder
 from ..errors import Faults, ResourceError, SensmergeError
 from ..execution.engine import cores
 from ..execution.estimate import Cost, cost_of
@@ -19,7 +21,7 @@ from ..records import Coefficients, MergePlan, Recipe, SensitivityProfile
 from ..rules.compute import compute
 from ..sens_block import settings_of
 from .calibrating import profiles_folder
-from .checking import check_models, check_place, check_tokenizers, tell_unmatched_filters
+from .checking import check_models, check_name, check_place, check_tokenizers, rows_alone_differ, tell_unmatched_filters
 from .companions import output_model_config
 from .models import RecipeModels, find_file, open_models, realigned, source_of
 from .resuming import check_not_taken
@@ -55,6 +57,7 @@ def check_before(
     The output, the tokenizers, the tensors and the method's options, the config, the calibration files (unless `calibrates` is
     False: coefficients were given), the disk and the memory. `kept` is where the calibration is kept.
     """
+    check_name(out)
     faults = Faults()
     plan: MergePlan | None = None
     with faults.gathered():
@@ -62,6 +65,7 @@ def check_before(
     if not overwrite:
         with faults.gathered():
             check_not_taken(recipe, out)
+    mended = False
     try:
         check_tokenizers(recipe, models)
     except SensmergeError as error:
@@ -69,11 +73,14 @@ def check_before(
         # What is wrong beside the vocabularies is told of the models as they will be once that is mended.
         with suppress(SensmergeError):
             models = realigned(recipe, models)
+        # Where that cannot be: unlike vocabularies have unlike rows, which is one fault.
+        mended = rows_alone_differ(models)
     with faults.gathered():
-        check_models(recipe, models)
-    with faults.gathered():
-        plan = planned(recipe, models, shard_bytes)
-        tell_unmatched_filters(recipe, plan)
+        check_models(recipe, models, tensors=not mended)
+    if not mended:
+        with faults.gathered():
+            plan = planned(recipe, models, shard_bytes)
+            tell_unmatched_filters(recipe, plan)
     with faults.gathered():
         output_model_config(recipe, models)
     if calibrates:
@@ -115,7 +122,7 @@ def free_bytes(out: Path) -> int:
     here = out.resolve()
     free = shutil.disk_usage(next(folder for folder in (here, *here.parents) if folder.is_dir())).free
     # What an interrupted merge has written there already is gone on with, not written a second time.
-    begun = here.parent / f".{here.name}.sensmerge" / "model"
+    begun = work_folder(out) / "model"
     return free + sum(file.stat().st_blocks * 512 for file in begun.rglob("*") if file.is_file())
 
 
@@ -146,7 +153,7 @@ def _check_memory(cost: Cost, jobs: int, recipe: Recipe, out: Path) -> None:
         "the merge needs more memory than this machine has",
         where=f"{jobs} thread(s)",
         why=f"about {cost.peak_bytes} bytes at its peak; the machine has {total}",
-        fix=f"sensmerge merge {recipe.path} {out} --jobs 1"
+        fix=shlex.join(["sensmerge", "merge", str(recipe.path), str(out), "--jobs", "1"])
         if jobs > 1
         else "use a machine with more memory, or a method that is not of whole tensors (`sensmerge list methods`)",
     )
