@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .errors import RecipeError
+from .errors import Faults, RecipeError
 from .registry import suggestion
 
 _REPR = reprlib.Repr()
@@ -125,26 +125,31 @@ class Section:
         return isinstance(self._nodes.get(key), yaml.MappingNode)
 
     def allow(self, known: Iterable[str], unsupported: Sequence[str] = ()) -> None:
-        """Refuse every key that is not `known`: `unsupported` ones by name, others with the nearest known one."""
+        """Refuse every key that is not `known`: `unsupported` ones by name, others with the nearest known one; all at once."""
         known = list(known)
-        for key, line in self._lines.items():
-            if key in known:
-                continue
-            if key in unsupported:
-                raise self.error(
-                    f"'{key}' is not supported yet",
-                    line,
-                    f"remove `{key}:` if the merge does not need it",
-                    "it would change the result, so it is not ignored",
-                )
-            near = suggestion(key, known)
-            place = f"in `{self.name}:`" if self.name else "at the top of a recipe"
-            raise self.error(
-                f"unknown key '{key}' {place}",
-                line,
-                f"did you mean '{near}'?" if near else "remove it",
-                f"known here: {', '.join(sorted(known))}",
+        faults = Faults()
+        for key in self._lines:
+            if key not in known:
+                with faults.gathered():
+                    raise self._unknown(key, known, unsupported)
+        faults.raise_all()
+
+    def _unknown(self, key: str, known: Sequence[str], unsupported: Sequence[str]) -> RecipeError:
+        if key in unsupported:
+            return self.error(
+                f"'{key}' is not supported yet",
+                self._lines[key],
+                f"remove `{key}:` if the merge does not need it",
+                "it would change the result, so it is not ignored",
             )
+        near = suggestion(key, known)
+        place = f"in `{self.name}:`" if self.name else "at the top of a recipe"
+        return self.error(
+            f"unknown key '{key}' {place}",
+            self._lines[key],
+            f"did you mean '{near}'?" if near else "remove it",
+            f"known here: {', '.join(sorted(known))}",
+        )
 
     def _wrong(self, key: str, value: Any, needed: str) -> RecipeError:
         return self.error(

@@ -185,3 +185,22 @@ def test_extract_lora_opens_what_the_other_commands_open(made: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     both = sensmerge("extract-lora", "old", "./bse", "-o", "other", "--rank", "4", cwd=tmp_path)
     assert len(faults(both.stderr)) == 2
+
+
+def test_nobody_is_told_to_overwrite_a_model_of_the_recipe(made: Path, sensmerge: Run) -> None:
+    (made / "r.yml").write_text(recipe("chat"))
+    done = sensmerge("plan", "r.yml", "base", cwd=made)
+    assert done.returncode == 7
+    assert "the output folder would overwrite a model of the recipe" in done.stderr
+    assert "--overwrite" not in done.stderr
+
+
+def test_all_unknown_keys_of_a_mapping_are_told_at_once(made: Path, sensmerge: Run) -> None:
+    (made / "r.yml").write_text(
+        recipe("chat", extra="dtyp: float16\nmodules: {}\n").replace("base_model", "base_modle")
+    )
+    done = sensmerge("plan", "r.yml", cwd=made)
+    assert done.returncode == 2
+    assert len(faults(done.stderr)) == 3
+    for word in ("did you mean 'base_model'?", "did you mean 'dtype'?", "'modules' is not supported yet"):
+        assert word in done.stderr

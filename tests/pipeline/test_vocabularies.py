@@ -151,7 +151,7 @@ def test_copies_of_one_model_in_other_orders_of_tokens_are_that_model(
     plain = recipe(tmp_path, ["base", "b", "c"], base=None)
     with pytest.raises(IncompatibleModelsError, match="differ") as caught:
         sm.merge(sm.load_recipe(plain), tmp_path / "out")
-    assert "base and b and c" in caught.value.where
+    assert "base, b, c" in caught.value.where
     policy = f"tokenizer: {{source: {source}}}"
     merged(recipe(tmp_path, ["base", "b", "c"], policy, base=None), tmp_path / "out")
     loaded, before = assert_loads(tmp_path / "out", caplog), AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -62,7 +62,8 @@ def check_before(
     plan: MergePlan | None = None
     with faults.gathered():
         check_place(recipe, models, out, kept)
-    if not overwrite:
+    # To overwrite a folder is no advice where it is one that this merge reads.
+    if not overwrite and not faults.found:
         with faults.gathered():
             check_not_taken(recipe, out)
     mended = False

@@ -178,7 +178,8 @@ def _complete(readers: Mapping[str, Checkpoint], found: Mapping[str, ModelTokens
             f"the tokens of {', '.join(repr(model) for model in unknown)} are not known, so rows cannot be aligned",
             where=", ".join(str(readers[model].tokenizer_path) for model in unknown),
             why="there is no tokenizer.json, vocab.json, vocab.txt or tokenizer.model",
-            fix="copy the model's own tokenizer files into this folder",
+            fix="copy the models' own tokenizer files into "
+            + ", ".join(str(readers[model].tokenizer_path) for model in unknown),
         )
     return complete
 
