@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .batches import Batch
+
 # Elements of a gradient that are formed at once: what a core's cache holds.
 PIECE = 1 << 18
 
@@ -51,38 +53,6 @@ class Stored:
 
 # By parameter name: the tensors of the checkpoint that make it, one but for weights that transformers fuses while loading.
 Names = Mapping[str, tuple[Stored, ...]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples side by side: token ids, padded on the right, each sample's real length, and where its logits carry a loss.
-
-    `ids` is [S, T] int64; `predicting[s]` are the positions of sample s that predict a loss token.
-    """
-
-    ids: Tensor
-    lengths: tuple[int, ...]
-    predicting: tuple[Tensor, ...]
-
-    @property
-    def real(self) -> Tensor:
-        """The attention mask, [S, T]: 1 for real tokens."""
-        lengths = torch.tensor(self.lengths, device=self.ids.device)
-        return (torch.arange(self.ids.shape[1], device=self.ids.device)[None] < lengths[:, None]).long()
-
-    def slice(self, first: int, last: int) -> Batch:
-        """Samples from `first` up to `last`."""
-        return Batch(self.ids[first:last], self.lengths[first:last], self.predicting[first:last])
-
-    def loss(self, logits_STV: Tensor) -> Tensor:
-        """The sum over samples of each one's mean next-token cross entropy (nats) over its loss tokens."""
-        samples = torch.cat([torch.full_like(at, sample) for sample, at in enumerate(self.predicting)])
-        places = torch.cat(self.predicting)
-        share = torch.cat([torch.full((len(at),), 1.0 / len(at), device=at.device) for at in self.predicting])
-        each = functional.cross_entropy(
-            logits_STV[samples, places].float(), self.ids[samples, places + 1], reduction="none"
-        )
-        return (each * share).sum()
 
 
 class Sums:
@@ -235,7 +205,9 @@ class Recorder:
             part = rows[first : first + step].float()
             sums.add(name, sample, self._score.of(name, weights[first : first + step], part, first))
 
-    def _samples(self, sums: Sums, module: Any, inputs: Tensor, gradient: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _samples(
+        self, sums: Sums, module: Any, inputs: Tensor, gradient: Tensor
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Inputs and output gradients of each sample, float32 [positions, features]: those that can have a gradient."""
         batch = sums.batch
         for sample, length in enumerate(batch.lengths):
