@@ -18,10 +18,16 @@ class Activations:
 
     def __init__(self, folder: Path | None = None, limit: int = IN_MEMORY_BYTES) -> None:
         self._kept: dict[Any, Tensor] = {}
-        self._spilled: dict[Any, tuple[int, torch.Size, torch.dtype]] = {}
+        self._spilled: dict[Any, tuple[int, torch.Size, torch.dtype, torch.device]] = {}
         self._left = limit
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by `close`
         self._end = 0
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def put(self, key: Any, value: Tensor) -> None:
         """Keep a tensor; one key is put once."""
@@ -33,22 +39,22 @@ class Activations:
         data = value.contiguous().cpu()
         self._file.seek(self._end)
         self._file.write(data.view(torch.uint8).numpy().data)
-        self._spilled[key] = self._end, data.shape, data.dtype
+        self._spilled[key] = self._end, data.shape, data.dtype, value.device
         self._end += data.nbytes
 
-    def take(self, key: Any, device: str | torch.device) -> Tensor:
+    def take(self, key: Any) -> Tensor:
         """The tensor that was kept, which is then forgotten."""
-        value = self.get(key, device)
+        value = self.get(key)
         if self._kept.pop(key, None) is not None:
             self._left += value.nbytes
         self._spilled.pop(key, None)
         return value
 
-    def get(self, key: Any, device: str | torch.device) -> Tensor:
+    def get(self, key: Any) -> Tensor:
         """The tensor that was kept, which stays."""
         if key in self._kept:
             return self._kept[key]
-        at, shape, dtype = self._spilled[key]
+        at, shape, dtype, device = self._spilled[key]
         self._file.seek(at)
         data = np.frombuffer(bytearray(self._file.read(shape.numel() * dtype.itemsize)), np.uint8)
         return torch.from_numpy(data).view(dtype).reshape(shape).to(device)

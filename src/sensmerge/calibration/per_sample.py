@@ -13,9 +13,8 @@ gradient is reduced the moment it is finished.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .batches import Batch
+from .naming import Names, Stored
 
 # Elements of a gradient that are formed at once: what a core's cache holds.
 PIECE = 1 << 18
@@ -41,18 +41,6 @@ class Unbatchable(Exception):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(type(module).__name__)
         self.module = module
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a parameter, or a part of it, lies in the checkpoint: the tensor's name, and which part of the parameter it is."""
-
-    name: str
-    part: tuple[int | slice, ...] = ()
-
-
-# By parameter name: the tensors of the checkpoint that make it, one but for weights that transformers fuses while loading.
-Names = Mapping[str, tuple[Stored, ...]]
 
 
 class Sums:

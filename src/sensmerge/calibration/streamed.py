@@ -9,7 +9,7 @@ for its backward pass (Chen et al., "Training deep nets with sublinear memory co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,76 +18,124 @@ from torch import Tensor, nn
 from ..errors import IncompatibleModelsError
 from .activations import Activations
 from .batches import Batch, call_arguments
-from .per_sample import Names, Recorder, Sums
+from .per_sample import Recorder, Sums
+from .weights import Reached, Weights, at_head
 
+# What a block is called with beside its input.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+# Takes the number of a batch and what its output head gets, [S, T, H].
+Keep = Callable[[int, Tensor], None]
 # Logits of the last layer that are formed at once, in bytes of float32.
 LOGITS_BYTES = 64 << 20
 
-Read = Callable[[str], Tensor]
-
-
-class Reached(Exception):
-    """A layer was reached behind which nothing is wanted."""
-
-
 class StreamedModel:
-    """A causal language model whose weights are read when they are needed.
+    """A causal language model whose weights are read when a pass reaches them; see `Weights`."""
 
-    `model` has its parameters on the meta device; `blocks` are its transformer blocks; `read(name)` gives a tensor of the checkpoint
-    in the compute dtype, on the device.
-    """
-
-    def __init__(self, model: Any, names: Names, read: Read, device: str) -> None:
-        self.model, self.device = model, device
-        self._read = read
+    def __init__(self, model: Any, weights: Weights) -> None:
+        self.model, self.weights = model, weights
         self.blocks = _blocks_of(model)
         inside = {module for block in self.blocks for module in block.modules()}
-        self.outside = [module for module in model.modules() if module not in inside]
-        self.embedding = model.get_input_embeddings()
-        self.head = model.get_output_embeddings()
+        outside = [module for module in model.modules() if module not in inside]
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._front = [module for module in outside if module is not head]
+        self._tail = [module for module in outside if module is not embedding]
+        self._norms = [module for module in self._tail if module is not head]
+        self._vocabulary = model.config.get_text_config().vocab_size
         self._in_tuple = False
-        stored = {id(parameter): names[name] for name, parameter in model.named_parameters()}
-        self._stored = {
-            module: {name: stored[id(each)] for name, each in module.named_parameters(recurse=False)}
-            for module in model.modules()
-        }
 
-    @contextmanager
-    def loaded(self, modules: Sequence[nn.Module], recorder: Recorder | None = None) -> Iterator[None]:
-        """While open, the modules' own weights are in memory."""
-        held = [module for module in modules if self._stored[module]]
-        before = {module: dict(module._parameters) for module in held}
-        shared: dict[Any, nn.Parameter] = {}
-        try:
-            for module in held:
-                for attribute, stored in self._stored[module].items():
-                    key = stored
-                    if key not in shared:
-                        shared[key] = nn.Parameter(
-                            self._assembled(before[module][attribute], stored), requires_grad=False
-                        )
-                    module._parameters[attribute] = shared[key]
-                if recorder is not None:
-                    recorder.freeze(module)
-            yield
-        finally:
-            for module in held:
-                module._parameters.update(before[module])
+    def sums(
+        self, recorder: Recorder, batches: Sequence[Batch], keep: Keep | None, advance: Callable[[int], None]
+    ) -> list[Mapping[str, Tensor]]:
+        """The per-sample sums of every batch: forward block by block, then backward block by block, each computed twice.
 
-    def _assembled(self, blank: Any, stored: Any) -> Tensor:
-        if len(stored) == 1:
-            return self._read(stored[0].name).reshape(blank.shape)
-        whole = torch.empty(blank.shape, dtype=blank.dtype, device=self.device)
-        for each in stored:
-            whole[each.part] = self._read(each.name).reshape(whole[each.part].shape)
-        return whole
+        `keep(batch, hidden)` gets what the output head gets. Memory: the largest of a block, the embedding and the head; a batch's
+        activations inside one block; the activations at the blocks' boundaries, in a scratch file where they are many.
+        """
+        sums = [Sums(batch) for batch in batches]
+        with Activations() as boundary, Activations() as gradients:
+            calls = self._forward(batches, boundary, keep_all=True)
+            last = len(self.blocks)
+            with self.weights.loaded(self._tail, recorder):
+                for at, batch in enumerate(batches):
+                    hidden = boundary.take((at, last))
+                    gradients.put(at, self._tail_backward(recorder, batch, hidden, sums[at], _kept(keep, at)))
+            for block in reversed(range(last)):
+                module = self.blocks[block]
+                with self.weights.loaded(list(module.modules()), recorder):
+                    for at in range(len(batches)):
+                        hidden = boundary.take((at, block)).requires_grad_(True)
+                        with recorder.recording(module, sums[at]):
+                            output = self._block(block, hidden, calls[at][block])
+                            recorder.check_all_seen(module)
+                            output.backward(gradients.take(at))
+                        assert hidden.grad is not None
+                        gradients.put(at, hidden.grad)
+            with self.weights.loaded(self._front, recorder):
+                for at, batch in enumerate(batches):
+                    with recorder.recording(self.model, sums[at]):
+                        hidden, _ = self._start(batch)
+                        hidden.backward(gradients.take(at))
+                    advance(len(batch.lengths))
+        return [each.by_name for each in sums]
 
-    def front(self, batch: Batch) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    @torch.no_grad()
+    def hidden(self, batches: Sequence[Batch], keep: Keep, advance: Callable[[int], None]) -> None:
+        """Give `keep(batch, hidden)` what the output head gets for every batch, [S, T, H]; the head itself is not read."""
+        with Activations() as boundary:
+            self._forward(batches, boundary, keep_all=False)
+            with self.weights.loaded(self._norms):
+                for at, batch in enumerate(batches):
+                    hidden = boundary.take((at, len(self.blocks)))
+                    with at_head(self.model, _kept(keep, at), stop=True), suppress(Reached):
+                        self._logits(batch, hidden)
+                    advance(len(batch.lengths))
+
+    @torch.no_grad()
+    def _forward(self, batches: Sequence[Batch], boundary: Activations, *, keep_all: bool) -> list[list[Call]]:
+        """All blocks for all batches; `boundary` gets what each block gets (or only what the last one gives)."""
+        calls: list[list[Call]] = []
+        with self.weights.loaded(self._front):
+            for at, batch in enumerate(batches):
+                hidden, call = self._start(batch)
+                calls.append(call)
+                boundary.put((at, 0), hidden)
+        for block, module in enumerate(self.blocks):
+            with self.weights.loaded(list(module.modules())):
+                for at in range(len(batches)):
+                    hidden = boundary.get((at, block)) if keep_all else boundary.take((at, block))
+                    boundary.put((at, block + 1), self._block(block, hidden, calls[at][block]))
+        return calls
+
+    def _tail_backward(
+        self, recorder: Recorder, batch: Batch, hidden: Tensor, sums: Sums, keep: Callable[[Tensor], None] | None
+    ) -> Tensor:
+        """Norm, head and loss for a few samples at a time; returns the gradient of the last block's output."""
+        step = max(1, LOGITS_BYTES // (4 * self._vocabulary * batch.ids.shape[1]))
+        if not recorder.batched:
+            step = 1
+        gradient, heard = torch.empty_like(hidden), []
+        for first in range(0, len(batch.lengths), step):
+            part = batch.slice(first, first + step)
+            own = Sums(part)
+            leaf = hidden[first : first + step].detach().clone().requires_grad_(True)
+            with recorder.recording(self.model, own), at_head(self.model, heard.append, stop=False):
+                part.loss(self._logits(part, leaf)).backward()
+            assert leaf.grad is not None
+            gradient[first : first + step] = leaf.grad
+            for name, values in own.by_name.items():
+                for sample, value in enumerate(values):
+                    sums.add(name, first + sample, value)
+            sums.tied |= {first + sample: rows for sample, rows in own.tied.items()}
+        if keep is not None:
+            keep(torch.cat(heard))
+        return gradient
+
+    def _start(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """What the first block gets, [S, T, H], and what each block is called with beside it. Needs the embedding loaded.
 
         Raises IncompatibleModelsError where a block gets more from the weights than its input.
         """
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[Call] = []
         found: list[Tensor] = []
 
         def stub(hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
@@ -112,7 +160,7 @@ class StreamedModel:
                     raise self._refused("its blocks get more from the embedding than their input")
         return found[0], calls
 
-    def block(self, at: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    def _block(self, at: int, hidden: Tensor, call: Call) -> Tensor:
         """The output of a block, which has to be loaded."""
         output = self.blocks[at](hidden, *call[0], **call[1])
         self._in_tuple = isinstance(output, tuple)
@@ -121,7 +169,7 @@ class StreamedModel:
             raise self._refused("its blocks do not give back what they get")
         return first
 
-    def tail(self, batch: Batch, hidden: Tensor) -> Tensor:
+    def _logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """The logits [S, T, V] for the last block's output. Needs everything outside the blocks loaded but the embedding."""
         count = 0
 
@@ -161,74 +209,5 @@ def _blocks_of(model: Any) -> list[Any]:
     return list(max(lists, key=len)) if lists else []
 
 
-def streamed_sums(
-    streamed: StreamedModel, recorder: Recorder, batches: Sequence[Batch], advance: Callable[[], None]
-) -> list[Mapping[str, Tensor]]:
-    """The per-sample sums of every batch: forward block by block, then backward block by block, each computed twice.
-
-    Memory: the largest of a block, the embedding and the head; a batch's activations inside one block; the boundary activations.
-    """
-    boundary = Activations()
-    sums = [Sums(batch) for batch in batches]
-    calls = []
-    front = [module for module in streamed.outside if module is not streamed.head or module is streamed.embedding]
-    tail = [module for module in streamed.outside if module is not streamed.embedding]
-    try:
-        with streamed.loaded(front), torch.no_grad():
-            for at, batch in enumerate(batches):
-                hidden, call = streamed.front(batch)
-                calls.append(call)
-                boundary.put((at, 0), hidden)
-        for block, module in enumerate(streamed.blocks):
-            with streamed.loaded(list(module.modules())), torch.no_grad():
-                for at in range(len(batches)):
-                    hidden = boundary.get((at, block), streamed.device)
-                    boundary.put((at, block + 1), streamed.block(block, hidden, calls[at][block]))
-            advance()
-        last = len(streamed.blocks)
-        gradients = Activations()
-        with streamed.loaded(tail, recorder):
-            for at, batch in enumerate(batches):
-                gradients.put(
-                    at, _tail_backward(streamed, recorder, batch, boundary.take((at, last), streamed.device), sums[at])
-                )
-        for block in reversed(range(last)):
-            module = streamed.blocks[block]
-            with streamed.loaded(list(module.modules()), recorder):
-                for at in range(len(batches)):
-                    hidden = boundary.take((at, block), streamed.device).requires_grad_(True)
-                    with recorder.recording(module, sums[at]):
-                        output = streamed.block(block, hidden, calls[at][block])
-                        recorder.check_all_seen(module)
-                        output.backward(gradients.take(at, streamed.device))
-                    assert hidden.grad is not None
-                    gradients.put(at, hidden.grad)
-            advance()
-        with streamed.loaded(front, recorder):
-            for at, batch in enumerate(batches):
-                with recorder.recording(streamed.model, sums[at]):
-                    hidden, _ = streamed.front(batch)
-                    hidden.backward(gradients.take(at, streamed.device))
-    finally:
-        boundary.close()
-    return [each.by_name for each in sums]
-
-
-def _tail_backward(streamed: StreamedModel, recorder: Recorder, batch: Batch, hidden: Tensor, sums: Sums) -> Tensor:
-    """Norm, head and loss for a few samples at a time; returns the gradient of the last block's output."""
-    vocabulary = streamed.head.weight.shape[0]
-    step = max(1, LOGITS_BYTES // (4 * vocabulary * batch.ids.shape[1]))
-    gradient = torch.empty_like(hidden)
-    for first in range(0, len(batch.lengths), step):
-        part = batch.slice(first, first + step)
-        own = Sums(part)
-        leaf = hidden[first : first + step].detach().clone().requires_grad_(True)
-        with recorder.recording(streamed.model, own):
-            part.loss(streamed.tail(part, leaf)).backward()
-        assert leaf.grad is not None
-        gradient[first : first + step] = leaf.grad
-        for name, values in own.by_name.items():
-            for sample, value in enumerate(values):
-                sums.add(name, first + sample, value)
-        sums.tied |= {first + sample: rows for sample, rows in own.tied.items()}
-    return gradient
+def _kept(keep: Keep | None, at: int) -> Callable[[Tensor], None] | None:
+    return None if keep is None else lambda hidden: keep(at, hidden)
