@@ -1,4 +1,4 @@
-"""Where a model's parameters lie in its checkpoint: one tensor each, or, where transformers fuses weights while loading, several."""
+"""Where a model's parameters lie in its checkpoint: one tensor each, or several where transformers fuses them while loading."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ from ..checkpoints.source import Checkpoint
 from ..errors import InputFileError
 from .models import COMPUTE_DTYPES
 
+# Elements that are read at once.
+PIECE = 1 << 22
+
 
 def compute_dtype_of(device: str, name: str | None) -> torch.dtype:
     """The dtype to compute in: the one that is named, else float32 on a CPU and bfloat16 on a GPU."""
@@ -31,7 +34,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -74,8 +77,13 @@ def tensor_reader(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Ca
     """A function that reads a tensor of the checkpoint whole: flat, in `dtype`, on `device`."""
 
     def read(name: str) -> Tensor:
-        spec = checkpoint.tensors[name]
-        return elements(checkpoint, name, 0, spec.elements).to(dtype).to(device)
+        count = checkpoint.tensors[name].elements
+        # In pieces: what is stored and what it becomes are never both in memory whole.
+        whole = torch.empty(count, dtype=dtype, device=device)
+        for start in range(0, count, PIECE):
+            end = min(start + PIECE, count)
+            whole[start:end] = elements(checkpoint, name, start, end - start)
+        return whole
 
     return read
 

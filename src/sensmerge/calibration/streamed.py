@@ -26,7 +26,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Takes the number of a batch and what its output head gets, [S, T, H].
 Keep = Callable[[int, Tensor], None]
 # Logits of the last layer that are formed at once, in bytes of float32.
-LOGITS_BYTES = 64 << 20
+LOGITS_BYTES = 32 << 20
+
 
 class StreamedModel:
     """A causal language model whose weights are read when a pass reaches them; see `Weights`."""
@@ -113,7 +114,7 @@ class StreamedModel:
         step = max(1, LOGITS_BYTES // (4 * self._vocabulary * batch.ids.shape[1]))
         if not recorder.batched:
             step = 1
-        gradient, heard = torch.empty_like(hidden), []
+        gradient, heard = torch.empty_like(hidden), list[Tensor]()
         for first in range(0, len(batch.lengths), step):
             part = batch.slice(first, first + step)
             own = Sums(part)
@@ -206,7 +207,7 @@ class StreamedModel:
 def _blocks_of(model: Any) -> list[Any]:
     """The transformer blocks: the longest list of modules of one class whose names end in numbers."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    return list(max(lists, key=len)) if lists else []
+    return list(max(lists, key=lambda each: len(each))) if lists else []
 
 
 def _kept(keep: Keep | None, at: int) -> Callable[[Tensor], None] | None:

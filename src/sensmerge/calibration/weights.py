@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,10 @@ class Weights:
             module: {name: stored[id(each)] for name, each in module.named_parameters(recurse=False)}
             for module in model.modules()
         }
+
+    def stored_of(self, module: nn.Module) -> Mapping[str, tuple[Stored, ...]]:
+        """Where a module's own parameters lie in the checkpoint."""
+        return self._stored[module]
 
     @contextmanager
     def loaded(self, modules: Sequence[nn.Module], recorder: Recorder | None = None) -> Iterator[None]:
