@@ -37,8 +37,8 @@ def mean_distances(
 ) -> list[float]:
     """For each sample the mean over its positions of the distance between two models' logits, from their hidden states.
 
-    `model_TH[k]` and `expert_TH[k]` are [positions, hidden] of sample k. Where one model has more vocabulary rows, the rows that both
-    have are compared. Cost: twice the output heads' products where the distance is one of probabilities; memory: SLICE_BYTES.
+    `model_TH[k]` and `expert_TH[k]` are [positions, hidden] of sample k. Where one model has more vocabulary rows, those that
+    both have are compared. Cost: twice the output heads' products where the distance is one of probabilities; memory: SLICE_BYTES.
     """
     lengths = [len(each) for each in model_TH]
     ours, theirs = torch.cat(list(model_TH)), torch.cat(list(expert_TH))

@@ -14,21 +14,23 @@ from .. import progress
 from ..checkpoints.source import Checkpoint
 from ..errors import NonFiniteError, RecipeError, ResourceError
 from ..records import CalibrationSet
-from .batches import Batch, batch_of, by_length
-from .heads import Head, logit_changes
+from .batches import Batch, batch_of, by_length, call_arguments
+from .heads import Head, check_head, logit_changes
 from .memory import available_bytes, bytes_per_token, fits_in_memory
 from .naming import stored_names
 from .per_sample import Recorder, Score, Unbatchable
 from .resident import ResidentModel
 from .skeleton import compute_dtype_of, elements, skeleton, tensor_reader
 from .streamed import Keep, StreamedModel
-from .weights import Weights
+from .weights import Weights, at_head
 
 MEMORY = ("auto", "resident", "streamed")
 # Padded tokens that a streamed model takes through its blocks before anything is saved.
 ROUND_TOKENS = 1 << 15
 # Most padded tokens in a batch: more is not faster.
 BATCH_TOKENS = 4096
+# Tokens on which the output head is held against the model.
+CHECKED_TOKENS = 8
 
 # Takes a sample's place and what the output head gets for it, [T, H].
 KeepHidden = Callable[[int, Tensor], None]
@@ -139,6 +141,21 @@ class MeasuredModel:
                     continue
                 done = {place for group in groups for place in group}
                 left = [place for place in left if place not in done]
+
+    @torch.no_grad()
+    def check_head(self, samples: CalibrationSet) -> None:
+        """The output head gives the model's own logits; raises IncompatibleModelsError otherwise."""
+        batch = batch_of(samples, [0], self.device)
+        batch = Batch(batch.ids[:, :CHECKED_TOKENS], (min(batch.lengths[0], CHECKED_TOKENS),), batch.predicting)
+        heard: list[Tensor] = []
+        streamed = StreamedModel(self.model, self.weights)
+        with at_head(self.model, heard.append, stop=False):
+            if self.streamed:
+                hidden = torch.randn(1, batch.ids.shape[1], self.model.get_output_embeddings().weight.shape[1])
+                logits = streamed.logits_of(batch, hidden.to(self.dtype).to(self.device))
+            else:
+                logits = self.model(input_ids=batch.ids, **call_arguments(self.model, batch)).logits
+        check_head(self.head(), heard[0].reshape(-1, heard[0].shape[-1]), logits[0], label=self.label)
 
     def head(self) -> Head:
         """The model's output head, read from the checkpoint as it is needed."""

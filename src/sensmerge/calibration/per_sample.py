@@ -266,7 +266,7 @@ def _scale(module: Any) -> float:
 
 
 def _normalised(module: Any, inputs: Tensor) -> Tensor:
-    """x̂, float32, of a norm whose output is f(weight)·x̂ (+ bias) with f(weight) = weight or 1 + weight: that at 1 less that at 0."""
+    """x̂, float32, of a norm that gives f(weight)·x̂ (+ bias), f(weight) = weight or 1 + weight: its output at 1 less that at 0."""
     if isinstance(module, nn.LayerNorm):
         return functional.layer_norm(inputs.float(), module.normalized_shape, None, None, module.eps)
     bare = copy.copy(module)

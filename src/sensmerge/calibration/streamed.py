@@ -131,6 +131,11 @@ class StreamedModel:
             keep(torch.cat(heard))
         return gradient
 
+    def logits_of(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """The logits [S, T, V] for an output of the last block."""
+        with self.weights.loaded(self._tail):
+            return self._logits(batch, hidden)
+
     def _start(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """What the first block gets, [S, T, H], and what each block is called with beside it. Needs the embedding loaded.
 
@@ -207,7 +212,7 @@ class StreamedModel:
 def _blocks_of(model: Any) -> list[Any]:
     """The transformer blocks: the longest list of modules of one class whose names end in numbers."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    return list(max(lists, key=lambda each: len(each))) if lists else []
+    return list(max(lists, key=lambda each: len(list(each)))) if lists else []
 
 
 def _kept(keep: Keep | None, at: int) -> Callable[[Tensor], None] | None:

@@ -6,7 +6,16 @@ same hash exists. Files are written with one top-level key a line, so that they 
 
 from __future__ import annotations
 
-from .measurements import Alignment, CalibrationSet, Coefficients, Scale, Scores, SensitivityProfile, TaskScore
+from .measurements import (
+    Alignment,
+    CalibrationSet,
+    Coefficients,
+    PairDistances,
+    Scale,
+    Scores,
+    SensitivityProfile,
+    TaskScore,
+)
 from .plans import MergePlan, TensorInput, TensorPlan
 from .recipe import Conditional, Expert, Recipe, SensSettings, SensSource, Settings, Slice, SliceSource
 from .record import Record, hash_of, write_atomically
@@ -19,6 +28,7 @@ __all__ = [
     "Conditional",
     "Expert",
     "MergePlan",
+    "PairDistances",
     "Recipe",
     "Record",
     "Role",

@@ -70,6 +70,17 @@ class Alignment(Record):
 
 
 @dataclass(frozen=True)
+class PairDistances(Record):
+    """How far one model stands from one expert on that expert's samples: a part of an Alignment that is kept on its own."""
+
+    schema: int
+    model: str
+    expert: str
+    per_sample: list[float]
+    inputs: str
+
+
+@dataclass(frozen=True)
 class Coefficients(Record):
     """One coefficient per expert and layer (eq. 5-7), and everything that led to it.
 
