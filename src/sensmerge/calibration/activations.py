@@ -30,11 +30,14 @@ class Activations:
         self.close()
 
     def put(self, key: Any, value: Tensor) -> None:
-        """Keep a tensor; one key is put once."""
+        """Keep a tensor; it replaces one of the same key."""
         value = value.detach()
+        before = self._kept.pop(key, None)
+        self._left += 0 if before is None else before.nbytes
         if value.nbytes <= self._left:
             self._left -= value.nbytes
             self._kept[key] = value
+            self._spilled.pop(key, None)
             return
         data = value.contiguous().cpu()
         self._file.seek(self._end)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from .. import progress
 from ..checkpoints.source import Checkpoint
-from ..errors import NonFiniteError, RecipeError, ResourceError
+from ..errors import RecipeError, ResourceError
 from ..records import CalibrationSet
 from .batches import Batch, batch_of, by_length, call_arguments
 from .heads import Head, check_head, logit_changes
 from .memory import available_bytes, bytes_per_token, fits_in_memory
+from .models import non_finite
 from .naming import stored_names
 from .per_sample import Recorder, Score, Unbatchable
 from .resident import ResidentModel
@@ -34,6 +35,8 @@ CHECKED_TOKENS = 8
 
 # Takes a sample's place and what the output head gets for it, [T, H].
 KeepHidden = Callable[[int, Tensor], None]
+# Takes sums, {place: {tensor: sum}}, and how many modules were measured in batches and how many a sample at a time.
+SaveSums = Callable[[Mapping[int, Mapping[str, float]], Mapping[str, int]], None]
 
 
 class _Runner(Protocol):
@@ -70,7 +73,7 @@ class MeasuredModel:
         self.checkpoint, self.label, self.device = checkpoint, label, device
         self.dtype = compute_dtype_of(device, compute_dtype)
         self.model = skeleton(checkpoint, device, self.dtype, attention)
-        self.names = stored_names(self.model, checkpoint.tensors)
+        self.names = stored_names(self.model, checkpoint)
         self.weights = Weights(self.model, self.names, tensor_reader(checkpoint, device, self.dtype))
         self.streamed = memory == "streamed" or (
             memory == "auto" and not fits_in_memory(self.model, self.dtype, device)
@@ -92,13 +95,13 @@ class MeasuredModel:
         score: Score,
         *,
         places: Sequence[int],
-        save: Callable[[Mapping[int, Mapping[str, float]]], None],
+        save: SaveSums,
         keep: KeepHidden | None = None,
-    ) -> dict[str, int]:
-        """Per-sample sums of the samples at `places`, given to `save` as they are measured: {place: {tensor: sum}}.
+    ) -> None:
+        """Per-sample sums of the samples at `places`, given to `save` as they are measured.
 
-        Returns how many modules were measured in batches and how many a sample at a time. Raises NonFiniteError naming the sample,
-        or the weight that is to blame; ResourceError where one sample does not fit the memory. Cost: a forward and a backward
+        Raises NonFiniteError naming the sample,
+        or a weight; ResourceError where one sample does not fit the memory. Cost: a forward and a backward
         pass; streamed, a forward pass more.
         """
         recorder = Recorder(self.model, self.names, score)
@@ -122,10 +125,10 @@ class MeasuredModel:
                 }
                 for place, sums_of in done.items():
                     if not all(math.isfinite(value) for value in sums_of.values()):
-                        raise self._non_finite(samples, place)
-                save(done)
+                        where = f"{self.label}, sample {samples.rows[place]}"
+                        raise non_finite((), where, "a gradient")
+                save(done, recorder.paths)
                 left = [place for place in left if place not in done]
-        return recorder.paths
 
     def hidden(self, samples: CalibrationSet, *, places: Sequence[int], keep: KeepHidden, task: str) -> None:
         """Give `keep(place, hidden)` what the output head gets for each sample, [T, H]. Cost: a forward pass without its head."""
@@ -148,11 +151,9 @@ class MeasuredModel:
         batch = batch_of(samples, [0], self.device)
         batch = Batch(batch.ids[:, :CHECKED_TOKENS], (min(batch.lengths[0], CHECKED_TOKENS),), batch.predicting)
         heard: list[Tensor] = []
-        streamed = StreamedModel(self.model, self.weights)
         with at_head(self.model, heard.append, stop=False):
-            if self.streamed:
-                hidden = torch.randn(1, batch.ids.shape[1], self.model.get_output_embeddings().weight.shape[1])
-                logits = streamed.logits_of(batch, hidden.to(self.dtype).to(self.device))
+            if isinstance(self._runner, StreamedModel):
+                logits = self._runner.logits_of_one_block(batch)
             else:
                 logits = self.model(input_ids=batch.ids, **call_arguments(self.model, batch)).logits
         check_head(self.head(), heard[0].reshape(-1, heard[0].shape[-1]), logits[0], label=self.label)
@@ -201,29 +202,6 @@ class MeasuredModel:
         self._tokens = max(1, self._tokens // 2)
         progress.message(
             f"{self.label}: a batch did not fit the memory; batches have at most {self._tokens} tokens now"
-        )
-
-    def _non_finite(self, samples: CalibrationSet, place: int) -> NonFiniteError:
-        """The error for a sample whose gradients are not finite: names a weight if one is to blame."""
-        where = f"{self.label}, sample {samples.rows[place]}"
-        for name, spec in self.checkpoint.tensors.items():
-            if spec.dtype not in ("F32", "F16", "BF16"):
-                continue
-            bad = ~torch.isfinite(elements(self.checkpoint, name, 0, spec.elements))
-            if bad.any():
-                first = torch.unravel_index(bad.nonzero()[0, 0], spec.shape)
-                return NonFiniteError(
-                    "a weight of this model is NaN or infinite",
-                    where=f"{where}: tensor '{name}', {int(bad.sum())} of {bad.numel()} elements,"
-                    f" the first at {[int(index) for index in first]}",
-                    why="a gradient is not finite because of it",
-                    fix="use an undamaged copy of the model",
-                )
-        return NonFiniteError(
-            "a gradient is NaN or infinite",
-            where=where,
-            why="all weights are finite; the sample overflows in this compute dtype",
-            fix="set `compute_dtype: float32` in the recipe's `sens:` block, or remove the sample",
         )
 
 

@@ -32,7 +32,10 @@ class Score(Protocol):
     """What is summed over the elements of a parameter."""
 
     def of(self, name: str, weight: Tensor, gradient: Tensor, first: int) -> Tensor:
-        """The sum over `gradient`, float32 rows of parameter `name` from row `first` on; `weight` are those rows. A scalar."""
+        """The sum over `gradient`, float32 rows of parameter `name` from row `first` on; `weight` are those rows. A scalar.
+
+        `gradient` may be overwritten.
+        """
 
 
 class Unbatchable(Exception):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints.formats import to_float32
 from ..checkpoints.source import Checkpoint
 from ..errors import InputFileError
-from .models import COMPUTE_DTYPES
+from .models import COMPUTE_DTYPES, non_finite
 
 # Elements that are read at once.
 PIECE = 1 << 22
@@ -46,18 +46,19 @@ def skeleton(checkpoint: Checkpoint, device: str, dtype: torch.dtype, attention:
 
     `attention` is transformers' `attn_implementation`. Raises InputFileError if transformers does not know the architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     named = {} if attention is None else {"attn_implementation": attention}
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        # The config as the checkpoint shows it, which may differ from the file's (a vocabulary that was aligned).
+        config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **named)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputFileError(
             "transformers cannot make this model",
             where=str(checkpoint.path),
-            why=str(error).strip().split("\n")[0],
+            why=f"{type(error).__name__}: {error}".strip().split("\n")[0],
             fix="check that `AutoModelForCausalLM.from_pretrained(folder)` works with the installed transformers",
         ) from error
     model.config.use_cache = False
@@ -74,7 +75,10 @@ def skeleton(checkpoint: Checkpoint, device: str, dtype: torch.dtype, attention:
 
 
 def tensor_reader(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """A function that reads a tensor of the checkpoint whole: flat, in `dtype`, on `device`."""
+    """A function that reads a tensor of the checkpoint whole: flat, in `dtype`, on `device`.
+
+    It raises NonFiniteError naming the first element that is NaN or infinite.
+    """
 
     def read(name: str) -> Tensor:
         count = checkpoint.tensors[name].elements
@@ -82,7 +86,12 @@ def tensor_reader(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Ca
         whole = torch.empty(count, dtype=dtype, device=device)
         for start in range(0, count, PIECE):
             end = min(start + PIECE, count)
-            whole[start:end] = elements(checkpoint, name, start, end - start)
+            piece = elements(checkpoint, name, start, end - start)
+            # One sum is cheap; that of finite numbers may overflow, so that only each element decides.
+            if not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
+                stored = elements(checkpoint, name, 0, count).reshape(checkpoint.tensors[name].shape)
+                raise non_finite([(name, stored)], checkpoint.label, "what is computed with it")
+            whole[start:end] = piece
         return whole
 
     return read

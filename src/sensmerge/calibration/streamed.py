@@ -1,9 +1,9 @@
 """A model of which one block at a time is in memory, for models larger than memory: the same sums as the model held whole.
 
-Weights are read from the checkpoint when a pass reaches them and dropped after it. The model's own `forward` prepares what the blocks
-are called with (masks, position embeddings) while its blocks only pass on what they get; then the blocks are called one after the
-other for all batches. Only activations at the blocks' boundaries are kept, in memory or in a scratch file; a block is computed again
-for its backward pass (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174).
+Weights are read from the checkpoint when a pass reaches them and dropped after it. The model's own `forward` prepares what the
+blocks are called with (masks, position embeddings) while its blocks only pass on what they get; then the blocks are called one
+after the other for all batches. Only activations at the blocks' boundaries are kept, in memory or in a scratch file; a block is
+computed again for its backward pass (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ class StreamedModel:
         calls: list[list[Call]] = []
         with self.weights.loaded(self._front):
             for at, batch in enumerate(batches):
+                if keep_all and at == 0:
+                    self._check_blocks_stand_alone(batch.slice(0, 1))
                 hidden, call = self._start(batch)
                 calls.append(call)
                 boundary.put((at, 0), hidden)
@@ -131,10 +133,24 @@ class StreamedModel:
             keep(torch.cat(heard))
         return gradient
 
-    def logits_of(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """The logits [S, T, V] for an output of the last block."""
+    def logits_of_one_block(self, batch: Batch) -> Tensor:
+        """The logits [S, T, V] of the model without all of its blocks but the first: enough to see what its head does."""
+        with self.weights.loaded(self._front):
+            hidden, calls = self._start(batch)
+        with self.weights.loaded(list(self.blocks[0].modules())):
+            hidden = self._block(0, hidden, calls[0])
         with self.weights.loaded(self._tail):
             return self._logits(batch, hidden)
+
+    @torch.enable_grad()
+    def _check_blocks_stand_alone(self, batch: Batch) -> None:
+        """A gradient that a block's input does not get back would be lost: found out before anything is computed."""
+        embedding = self.model.get_input_embeddings()
+        handle = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        try:
+            self._start(batch)
+        finally:
+            handle.remove()
 
     def _start(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """What the first block gets, [S, T, H], and what each block is called with beside it. Needs the embedding loaded.
@@ -152,11 +168,8 @@ class StreamedModel:
                 raise Reached
             return hidden
 
-        with self._blocks_replaced(stub):
-            try:
-                self.model(input_ids=batch.ids, **call_arguments(self.model, batch))
-            except Reached:
-                pass
+        with self._blocks_replaced(stub), suppress(Reached):
+            self.model(input_ids=batch.ids, **call_arguments(self.model, batch))
         if len(calls) != len(self.blocks):
             raise self._refused(f"{len(calls)} of its {len(self.blocks)} blocks are called in one pass")
         for arguments, named in calls:

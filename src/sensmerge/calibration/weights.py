@@ -78,8 +78,11 @@ class Weights:
     def _assembled(self, blank: Any, stored: tuple[Stored, ...]) -> Tensor:
         if len(stored) == 1:
             return self._read(stored[0].name).reshape(blank.shape)
-        first = self._read(stored[0].name)
-        whole = torch.empty(blank.shape, dtype=blank.dtype, device=first.device)
+        whole: Tensor | None = None
         for each in stored:
-            whole[each.part] = self._read(each.name).reshape(whole[each.part].shape)
+            part = self._read(each.name)
+            if whole is None:
+                whole = torch.empty(blank.shape, dtype=part.dtype, device=part.device)
+            whole[each.part] = part.reshape(whole[each.part].shape)
+        assert whole is not None
         return whole

@@ -100,11 +100,11 @@ def _profile_inputs(
 
 
 def _profile_of(
-    models: RecipeModels, pending: _Pending, settings: SensSettings, by_row: Mapping[int, Mapping[str, float]]
+    models: RecipeModels, pending: _Pending, settings: SensSettings, found: SampleSums
 ) -> SensitivityProfile:
     """The profile that the sums of all samples make."""
     expert, samples = models.experts[pending.index], pending.samples
-    per_sample = [by_row[row] for row in samples.rows]
+    per_sample = [found.by_row[row] for row in samples.rows]
     names = sorted({name for sums in per_sample for name in sums})
     grouping = group_tensors(names, settings.group)
     members = {layer: [t for t in names if grouping.group_of[t] == layer] for layer in grouping.layers}
@@ -127,6 +127,7 @@ def _profile_of(
         token_ids=[list(ids) for ids in samples.token_ids],
         loss_mask=[list(mask) for mask in samples.loss_mask],
         inputs=pending.inputs,
+        paths=dict(found.paths),
     )
 
 
@@ -302,9 +303,9 @@ def calibrate_models(
 ) -> Calibration:
     """Profiles (eq. 1-3) and distances (eq. 4) of a recipe, from `folder` where they are still valid, else measured and kept.
 
-    Each model is loaded once, or streamed (`memory`: auto, resident, streamed). Raises CalibrationDataError before a model is loaded
-    if the data cannot be used; NonFiniteError, InputFileError, ResourceError. Cost: K forward and backward passes over a task's
-    samples, K(K-1) forward passes over a task's samples, and output heads for every pair.
+    Each model is loaded once, or streamed (`memory`: auto, resident, streamed). Raises CalibrationDataError before a model is
+    loaded if the data cannot be used; NonFiniteError, InputFileError, ResourceError. Cost: K forward and backward passes over a
+    task's samples, K(K-1) forward passes over a task's samples, and output heads for every pair.
     """
     settings = settings_of(recipe)
     check_same_tensors(models.donor, [expert for expert in models.experts if expert is not models.donor])
@@ -326,7 +327,7 @@ def calibrate_models(
         measure(models, settings, work, device=device, memory=memory, scratch=folder)
     profiles: list[SensitivityProfile] = []
     for at, each in enumerate(found):
-        profile = _profile_of(models, each, settings, sums[at].by_row) if isinstance(each, _Pending) else each
+        profile = _profile_of(models, each, settings, sums[at]) if isinstance(each, _Pending) else each
         if isinstance(each, _Pending):
             profile.save(folder / "profiles" / f"{models.names[at]}.json")
         profiles.append(profile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,20 +32,26 @@ COMPARED_AT_ONCE = 4096
 class SampleSums:
     """Per-sample sums of one expert in a file that grows while it is measured: what an interrupted calibration goes on from.
 
-    The first line says what the sums came from; a file that came from something else is begun anew, and so is one whose lines
-    cannot be read. `by_row` maps a sample's row in its data file to its sums by tensor.
+    The first line says what the sums came from; a file that came from something else is begun anew, and a line that cannot be read
+    ends it. `by_row` maps a sample's row in its data file to its sums by tensor; `paths` counts modules by how they were measured
+    (with the last samples: a module that takes one sample at a time may be found out on the way).
     """
 
     def __init__(self, path: Path, inputs: str) -> None:
         self._path = path
         self.by_row: dict[int, Sums] = {}
+        self.paths: dict[str, int] = {}
         header = json.dumps({"schema": 1, "inputs": inputs})
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         sound = len(lines) > 0 and lines[0] == header
         for line in lines[1:] if sound else []:
             try:
                 entry = json.loads(line)
-                self.by_row[int(entry["row"])] = {str(name): float(value) for name, value in entry["sums"].items()}
+                paths = {str(name): int(count) for name, count in entry["paths"].items()}
+                sums = {str(name): float(value) for name, value in entry["sums"].items()}
+                if not all(math.isfinite(value) for value in sums.values()):
+                    break
+                self.by_row[int(entry["row"])], self.paths = sums, paths
             except (ValueError, KeyError, TypeError, AttributeError):
                 # A line that was being written when the process ended.
                 break
@@ -52,28 +59,28 @@ class SampleSums:
         kept = [header, *(self._line(row) for row in self.by_row)]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
-    def add(self, found: Mapping[int, Sums]) -> None:
+    def add(self, found: Mapping[int, Sums], paths: Mapping[str, int]) -> None:
         """Append samples, by row."""
         self.by_row |= found
+        self.paths = dict(paths)
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(f"{self._line(row)}\n" for row in found)
 
     def _line(self, row: int) -> str:
-        return json.dumps({"row": row, "sums": self.by_row[row]})
+        return json.dumps({"row": row, "paths": self.paths, "sums": self.by_row[row]})
 
 
 @dataclass
 class Work:
     """What is to be measured: the samples of each task, whose sums are wanted by expert, and which pairs of models are compared.
 
-    `sums[i]` takes expert i's own sensitivities, absent where they are known; a pair (i, j) is the distance of model i from expert j
-    on task j's samples. What is found goes to `paths[i]` (modules by how they were measured) and `distances[i, j]` (by sample).
+    `sums[i]` takes expert i's own sensitivities, absent where they are known; a pair (i, j) is the distance of model i from expert
+    j on task j's samples, found by sample in `distances[i, j]`.
     """
 
     tasks: Sequence[CalibrationSet]
     sums: Mapping[int, SampleSums]
     pairs: Sequence[tuple[int, int]]
-    paths: dict[int, dict[str, int]] = field(default_factory=dict)
     distances: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     def tasks_of(self, model: int) -> set[int]:
@@ -135,10 +142,10 @@ def _run(
         if len(left) < len(samples.rows):
             progress.message(f"{model.label}: {len(samples.rows) - len(left)} samples were measured before")
 
-        def save(found: Mapping[int, Sums]) -> None:
-            sums.add({samples.rows[place]: values for place, values in found.items()})
+        def save(found: Mapping[int, Sums], paths: Mapping[str, int]) -> None:
+            sums.add({samples.rows[place]: values for place, values in found.items()}, paths)
 
-        work.paths[at] = model.sums(
+        model.sums(
             samples,
             _score(settings.score, models.experts[at], models.base),
             places=left,

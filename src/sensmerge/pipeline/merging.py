@@ -131,7 +131,7 @@ def _tuned_scale(
     scale = choose_scale(
         plan,
         models.readers,
-        models.base.path,
+        models.base,
         {name: calibration_set(profile) for name, profile in zip(models.names, calibration.profiles, strict=True)},
         device=choose_device(device),
         compute_dtype=recipe.sens.compute_dtype,
