@@ -27,6 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "direction": ("distance", "similarity"),
     "other": ("block_mean", "own_group", "base", "uniform"),
     "compute_dtype": ("float32", "bfloat16", "float16"),
+    "attn_implementation": ("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
 }
 _WHOLE_NUMBERS = {"samples": 1, "max_length": 2, "seed": 0}
 

@@ -6,7 +6,16 @@ same hash exists. Files are written with one top-level key a line, so that they 
 
 from __future__ import annotations
 
-from .measurements import Alignment, CalibrationSet, Coefficients, Scale, Scores, SensitivityProfile, TaskScore
+from .measurements import (
+    Alignment,
+    CalibrationSet,
+    Coefficients,
+    PairDistances,
+    Scale,
+    Scores,
+    SensitivityProfile,
+    TaskScore,
+)
 from .merge_record import MergeRecord
 from .plans import MergePlan, TensorInput, TensorPlan
 from .recipe import (
@@ -32,6 +41,7 @@ __all__ = [
     "Expert",
     "MergePlan",
     "MergeRecord",
+    "PairDistances",
     "Recipe",
     "Record",
     "Role",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .record import Record
 
@@ -35,6 +35,7 @@ class SensitivityProfile(Record):
     `layers` are the L group names in the order of the stack; `sensitivity[l]` is the sum over samples, `per_sample[k][l]` one
     sample's part; `tensors` has one sum per parameter, those outside the blocks included. `score` is what was summed: `weight`
     |θ·g|, `task_vector` |δ·g| or `fisher` g². `token_ids` and `loss_mask` are empty if the profile was made without samples.
+    `paths` counts the modules that were measured many samples at once (`batched`) and a sample at a time (`loop`).
     """
 
     schema: int
@@ -52,6 +53,7 @@ class SensitivityProfile(Record):
     token_ids: list[list[int]]
     loss_mask: list[list[int]]
     inputs: str
+    paths: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class Alignment(Record):
     models: list[str]
     distances: list[list[float]]
     per_sample: list[list[list[float]]]
+    inputs: str
+
+
+@dataclass(frozen=True)
+class PairDistances(Record):
+    """How far one model stands from one expert on that expert's samples: a part of an Alignment that is kept on its own."""
+
+    schema: int
+    model: str
+    expert: str
+    per_sample: list[float]
     inputs: str
 
 

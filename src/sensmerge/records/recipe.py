@@ -28,6 +28,7 @@ class SensSettings:
     total: float | str = "K"
     other: str = "block_mean"
     compute_dtype: str | None = None
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True)
