@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import sensmerge as sm
 from sensmerge import progress
 from sensmerge.records import Alignment, SensitivityProfile
-from tests.builders import VOCABULARY, byte_tokenizer, tiny_llama, write_jsonl
+from tests.builders import byte_tokenizer, tiny_llama, tiny_mixtral, write_jsonl
 from tests.conftest import QUIET
 
 NAMES = ("one", "two", "three")
@@ -162,24 +160,11 @@ def test_a_damaged_or_foreign_file_of_sums_is_begun_anew(fault: str, llamas: Pat
     assert len(file.read_text().splitlines()) == 1 + 4
 
 
-def tiny_mixtral(seed: int) -> Any:
-    """Its fused experts are measured a sample at a time, so that every sample is kept as it is done."""
-    torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-        max_position_embeddings=64,
-    )
-    return MixtralForCausalLM(config).eval()
-
-
 def test_a_calibration_that_was_killed_goes_on_at_its_sample(tmp_path: Path) -> None:
-    """`kill -9` in the middle of the samples of a real run; then the same command. The profiles are those of a whole run."""
+    """`kill -9` in the middle of the samples of a real run; then the same again. The profiles are those of a whole run.
+
+    The models are measured a sample at a time, so that every sample is kept as it is done.
+    """
     folder = family(tmp_path / "family", tiny_mixtral, rows=60, names=NAMES[:2])
     path = recipe(folder, NAMES[:2])
     command = [sys.executable, "-m", "sensmerge", "calibrate", str(path), "--device", "cpu"]
