@@ -49,6 +49,16 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "olmo2": ("Olmo2", COMMON),
     "phi3": ("Phi3", COMMON),
     "opt": ("OPT", {**NARROW, "ffn_dim": 24, "max_position_embeddings": 64, "word_embed_proj_dim": 16}),
+    "opt-projected": (
+        "OPT",
+        {
+            **NARROW,
+            "ffn_dim": 24,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 8,
+            "do_layer_norm_before": False,
+        },
+    ),
     "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4}),
     "qwen3-moe": ("Qwen3Moe", {**HEADS, "num_experts": 2, "moe_intermediate_size": 8, "num_experts_per_tok": 1}),
     "mamba": ("Mamba", {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),

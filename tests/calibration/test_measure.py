@@ -283,13 +283,24 @@ def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     assert "streamed" in caught.value.why
 
 
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_a_model_that_does_not_fit_is_streamed(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left alone, the engine streams a model whose weights would take more than a share of the free memory."""
+    monkeypatch.setattr("sensmerge.calibration.memory.SHARE", share)
+    assert measured_model(saved(tiny("llama"), tmp_path), "auto").streamed is (share == 0.0)
+
+
 def test_blocks_that_get_more_than_their_input_are_not_streamed(tmp_path: Path) -> None:
     """A gradient would be lost. Refused by name before anything is computed; held whole, it is exact."""
     torch.manual_seed(0)
     model = SkipForCausalLM(SkipConfig())
     checkpoint, data = saved(model, tmp_path), samples()
+    in_blocks: list[Any] = []
+    streaming = measured_model(checkpoint, "streamed")
+    streaming.model.layers[0].up.register_forward_hook(lambda *_: in_blocks.append(1))
     with pytest.raises(IncompatibleModelsError) as caught:
-        sums_of(measured_model(checkpoint, "streamed"), data)
+        sums_of(streaming, data)
+    assert in_blocks == []
     assert "SkipForCausalLM" in str(caught.value)
     assert SkipConfig.model_type in caught.value.where
     assert "--memory resident" in caught.value.fix

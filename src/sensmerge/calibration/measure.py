@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from .. import progress
 from ..checkpoints.source import Checkpoint
 from ..errors import RecipeError, ResourceError
 from ..records import CalibrationSet
+from .activation_statistics import ActivationStatistics, Observing, linear_layers, not_observed
 from .batches import Batch, batch_of, by_length, call_arguments
 from .heads import Head, check_head, logit_changes
 from .memory import available_bytes, bytes_per_token, fits_in_memory
@@ -44,13 +46,20 @@ class _Runner(Protocol):
         self, recorder: Recorder, batches: Sequence[Batch], keep: Keep | None, advance: Callable[[int], None]
     ) -> list[Mapping[str, Tensor]]: ...
 
-    def hidden(self, batches: Sequence[Batch], keep: Keep, advance: Callable[[int], None]) -> None: ...
+    def hidden(
+        self,
+        batches: Sequence[Batch],
+        keep: Keep,
+        advance: Callable[[int], None],
+        observing: Observing = not_observed,
+    ) -> None: ...
 
 
 class MeasuredModel:
     """A model of the recipe, ready to be measured: whole in memory, or streamed a block at a time.
 
-    `streamed` says which. Use it in a `with` block, which holds the weights of a resident model. `label` names it in messages.
+    `streamed` says which. Use it in a `with` block, which holds the weights of a resident model. `label` names it in messages;
+    `scratch` is the folder of scratch files.
     """
 
     def __init__(
@@ -62,6 +71,7 @@ class MeasuredModel:
         compute_dtype: str | None = None,
         memory: str = "auto",
         attention: str | None = None,
+        scratch: Path | None = None,
     ) -> None:
         if memory not in MEMORY:
             raise RecipeError(
@@ -78,7 +88,9 @@ class MeasuredModel:
         self.streamed = memory == "streamed" or (
             memory == "auto" and not fits_in_memory(self.model, self.dtype, device)
         )
-        self._runner: _Runner = StreamedModel(self.model, self.weights) if self.streamed else ResidentModel(self.model)
+        self._runner: _Runner = ResidentModel(self.model)
+        if self.streamed:
+            self._runner = StreamedModel(self.model, self.weights, scratch)
         per_token = bytes_per_token(self.model.config, streamed=self.streamed)
         self._tokens = max(1, min(BATCH_TOKENS, available_bytes(device) // 4 // per_token))
 
@@ -144,6 +156,27 @@ class MeasuredModel:
                     continue
                 done = {place for group in groups for place in group}
                 left = [place for place in left if place not in done]
+
+    def statistics(self, samples: CalibrationSet, path: Path) -> None:
+        """Write the activation statistics of the samples to `path`; see ActivationStatistics.
+
+        Raises IncompatibleModelsError for a layer that does not get every token; ResourceError. Cost: a forward pass without head.
+        """
+        layers = linear_layers(self.model, lambda module: self.weights.stored_of(module)["weight"][0].name)
+        found = ActivationStatistics(layers, path)
+        places = range(len(samples.rows))
+        with progress.task(f"activations of {self.label}", len(places)) as advance:
+            while True:
+                groups = list(by_length(samples, places, self._tokens))
+                batches = [batch_of(samples, group, self.device) for group in groups]
+                try:
+                    self._runner.hidden(batches, lambda at, hidden: None, advance, found.observing)
+                    break
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    self._halve(error, groups)
+                    # A batch that failed was counted in part.
+                    found.clear()
+        found.finish()
 
     @torch.no_grad()
     def check_head(self, samples: CalibrationSet) -> None:

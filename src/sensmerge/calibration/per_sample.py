@@ -177,7 +177,7 @@ class Recorder:
 
     def _rule(self, module: nn.Module) -> Rule | None:
         tied = module in self._tied
-        if _is_linear(module) and (not tied or module is self._head):
+        if is_linear(module) and (not tied or module is self._head):
             return self._linear
         if isinstance(module, nn.Embedding) and (not tied or self._head is not None):
             return self._embedding if type(module).forward is nn.Embedding.forward or _scale(module) != 1.0 else None
@@ -256,7 +256,7 @@ class Recorder:
                 self._reduce(sums, self._name(module, attribute), sample, weight, row)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Whether the module is x·Wᵀ + b, or transformers' Conv1D, which stores W the other way round."""
     linear = isinstance(module, nn.Linear) and type(module).__name__ in ("Linear", "FalconLinear")
     return linear or type(module).__name__ == "Conv1D"

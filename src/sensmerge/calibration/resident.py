@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .activation_statistics import Observing, not_observed
 from .batches import Batch, call_arguments
 from .per_sample import Recorder, Sums
 from .streamed import Keep
@@ -42,13 +43,19 @@ class ResidentModel:
         return results
 
     @torch.no_grad()
-    def hidden(self, batches: Sequence[Batch], keep: Keep, advance: Callable[[int], None]) -> None:
+    def hidden(
+        self,
+        batches: Sequence[Batch],
+        keep: Keep,
+        advance: Callable[[int], None],
+        observing: Observing = not_observed,
+    ) -> None:
         """Give `keep(batch, hidden)` what the output head gets for every batch, [S, T, H]; no logits are formed."""
         for at, batch in enumerate(batches):
 
             def take(hidden: Tensor, at: int = at) -> None:
                 keep(at, hidden)
 
-            with at_head(self.model, take, stop=True), suppress(Reached):
+            with observing(self.model, batch), at_head(self.model, take, stop=True), suppress(Reached):
                 self.model(input_ids=batch.ids, **call_arguments(self.model, batch))
             advance(len(batch.lengths))

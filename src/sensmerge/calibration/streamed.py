@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import IncompatibleModelsError
+from .activation_statistics import Observing, not_observed
 from .activations import Activations
 from .batches import Batch, call_arguments
 from .per_sample import Recorder, Sums
@@ -30,10 +32,13 @@ LOGITS_BYTES = 32 << 20
 
 
 class StreamedModel:
-    """A causal language model whose weights are read when a pass reaches them; see `Weights`."""
+    """A causal language model whose weights are read when a pass reaches them; see `Weights`.
 
-    def __init__(self, model: Any, weights: Weights) -> None:
-        self.model, self.weights = model, weights
+    `scratch` is the folder of scratch files (the system's for temporary files unless named).
+    """
+
+    def __init__(self, model: Any, weights: Weights, scratch: Path | None = None) -> None:
+        self.model, self.weights, self._scratch = model, weights, scratch
         self.blocks = _blocks_of(model)
         inside = {module for block in self.blocks for module in block.modules()}
         outside = [module for module in model.modules() if module not in inside]
@@ -53,7 +58,7 @@ class StreamedModel:
         activations inside one block; the activations at the blocks' boundaries, in a scratch file where they are many.
         """
         sums = [Sums(batch) for batch in batches]
-        with Activations() as boundary, Activations() as gradients:
+        with Activations(self._scratch) as boundary, Activations(self._scratch) as gradients:
             calls = self._forward(batches, boundary, keep_all=True)
             last = len(self.blocks)
             with self.weights.loaded(self._tail, recorder):
@@ -80,33 +85,49 @@ class StreamedModel:
         return [each.by_name for each in sums]
 
     @torch.no_grad()
-    def hidden(self, batches: Sequence[Batch], keep: Keep, advance: Callable[[int], None]) -> None:
+    def hidden(
+        self,
+        batches: Sequence[Batch],
+        keep: Keep,
+        advance: Callable[[int], None],
+        observing: Observing = not_observed,
+    ) -> None:
         """Give `keep(batch, hidden)` what the output head gets for every batch, [S, T, H]; the head itself is not read."""
-        with Activations() as boundary:
-            self._forward(batches, boundary, keep_all=False)
+        with Activations(self._scratch) as boundary:
+            self._forward(batches, boundary, keep_all=False, observing=observing)
             with self.weights.loaded(self._norms):
                 for at, batch in enumerate(batches):
                     hidden = boundary.take((at, len(self.blocks)))
-                    with at_head(self.model, _kept(keep, at), stop=True), suppress(Reached):
+                    at_the_head = at_head(self.model, _kept(keep, at), stop=True)
+                    with observing(self.model, batch), at_the_head, suppress(Reached):
                         self._logits(batch, hidden)
                     advance(len(batch.lengths))
 
     @torch.no_grad()
-    def _forward(self, batches: Sequence[Batch], boundary: Activations, *, keep_all: bool) -> list[list[Call]]:
+    def _forward(
+        self,
+        batches: Sequence[Batch],
+        boundary: Activations,
+        *,
+        keep_all: bool,
+        observing: Observing = not_observed,
+    ) -> list[list[Call]]:
         """All blocks for all batches; `boundary` gets what each block gets (or only what the last one gives)."""
         calls: list[list[Call]] = []
         with self.weights.loaded(self._front):
             for at, batch in enumerate(batches):
                 if keep_all and at == 0:
                     self._check_blocks_stand_alone(batch.slice(0, 1))
-                hidden, call = self._start(batch)
+                with observing(self.model, batch):
+                    hidden, call = self._start(batch)
                 calls.append(call)
                 boundary.put((at, 0), hidden)
         for block, module in enumerate(self.blocks):
             with self.weights.loaded(list(module.modules())):
                 for at in range(len(batches)):
                     hidden = boundary.get((at, block)) if keep_all else boundary.take((at, block))
-                    boundary.put((at, block + 1), self._block(block, hidden, calls[at][block]))
+                    with observing(module, batches[at]):
+                        boundary.put((at, block + 1), self._block(block, hidden, calls[at][block]))
         return calls
 
     def _tail_backward(
@@ -198,7 +219,8 @@ class StreamedModel:
             result = hidden if count == len(self.blocks) else passed
             return (result,) if self._in_tuple else result  # type: ignore[return-value]
 
-        blank = torch.zeros_like(hidden, requires_grad=False)
+        columns = self.model.get_input_embeddings().weight.shape[1]
+        blank = torch.zeros(*hidden.shape[:2], columns, dtype=hidden.dtype, device=hidden.device)
         with self._blocks_replaced(stub):
             return self.model(inputs_embeds=blank, **call_arguments(self.model, batch)).logits
 

@@ -13,7 +13,8 @@ from .. import progress
 from ..checkpoints.formats import FLOATS
 from ..checkpoints.source import Checkpoint
 from ..distances import DISTANCES
-from ..records import CalibrationSet, SensSettings
+from ..errors import ResourceError
+from ..records import CalibrationSet, SensSettings, write_atomically
 from .models import RecipeModels
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class SampleSums:
         self.by_row: dict[int, Sums] = {}
         self.paths: dict[str, int] = {}
         header = json.dumps({"schema": 1, "inputs": inputs})
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         sound = len(lines) > 0 and lines[0] == header
         for line in lines[1:] if sound else []:
             try:
@@ -55,16 +56,23 @@ class SampleSums:
             except (ValueError, KeyError, TypeError, AttributeError):
                 # A line that was being written when the process ended.
                 break
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [header, *(self._line(row) for row in self.by_row)]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def add(self, found: Mapping[int, Sums], paths: Mapping[str, int]) -> None:
-        """Append samples, by row."""
+        """Append samples, by row. Raises ResourceError."""
         self.by_row |= found
         self.paths = dict(paths)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{self._line(row)}\n" for row in found)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{self._line(row)}\n" for row in found)
+        except OSError as error:
+            raise ResourceError(
+                "what was measured could not be kept",
+                where=str(self._path),
+                why=str(error),
+                fix="free some space and run it again: it goes on where it stands",
+            ) from error
 
     def _line(self, row: int) -> str:
         return json.dumps({"row": row, "paths": self.paths, "sums": self.by_row[row]})
@@ -109,6 +117,7 @@ def measure(
                 compute_dtype=settings.compute_dtype,
                 memory=memory,
                 attention=settings.attn_implementation,
+                scratch=scratch,
             )
             if measured[at].streamed:
                 progress.message(f"{models.names[at]} is streamed: one of its blocks is in memory at a time")
