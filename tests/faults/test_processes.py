@@ -95,6 +95,8 @@ LEFT: dict[str, Callable[[], str]] = {
     "by the dead": lambda: json.dumps(holder()),
     "before the machine was started": lambda: json.dumps(holder(pid=os.getppid(), boot="earlier")),
     "by one whose number another has now": lambda: json.dumps(holder(pid=1)),
+    # Every container has a name of its own, and numbers of its own: 1 lives in each.
+    "by a container that was killed": lambda: json.dumps(holder(host="4f9a2c", pid=1)),
     "empty": lambda: "",
     "cut off": lambda: json.dumps(holder())[:30],
     "no lock": lambda: "[1, 2]",
@@ -114,7 +116,7 @@ def test_a_lock_that_nobody_holds_is_taken_over(tmp_path: Path, left: str) -> No
 def test_a_lock_of_another_machine_is_refused_with_the_command_that_removes_it(tmp_path: Path) -> None:
     case = tiny(tmp_path, old=False)
     lock = case.work.with_name(f"{case.work.name}.lock")
-    lock.write_text(json.dumps(holder(host="elsewhere")))
+    lock.write_text(json.dumps(holder(host="elsewhere", boot="its own")))
     with pytest.raises(OutputError, match="on elsewhere, since 2001-02-03") as caught:
         case.merge(overwrite=False)
     assert not case.out.exists()

@@ -61,15 +61,15 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> int:
 
 
 def open_output(path: Path, *, new: bool = True) -> int:
-    """A descriptor to read and write `path`, mode 0644 less the umask; `new`: it must not exist yet."""
+    """A descriptor to read and write `path`, mode 0644 less the umask, never through a link; `new`: it must not exist yet."""
     _pass("open", path)
-    return os.open(path, os.O_CREAT | (os.O_EXCL if new else 0) | os.O_RDWR, 0o644)
+    return os.open(path, os.O_CREAT | (os.O_EXCL if new else 0) | os.O_RDWR | os.O_NOFOLLOW, 0o644)
 
 
 def open_log(path: Path) -> int:
-    """A descriptor that appends to `path`."""
+    """A descriptor that appends to `path`, never through a link."""
     _pass("open", path)
-    return os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    return os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW, 0o644)
 
 
 def allocate(descriptor: int, size: int) -> None:

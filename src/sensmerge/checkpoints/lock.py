@@ -31,8 +31,8 @@ def locked(path: Path, out: Path) -> Iterator[None]:
     """Hold the lock file `path` of the output `out`; it is removed afterwards.
 
     Raises OutputError naming the holder if another process, here or on another machine, holds it; what a process left that died
-    on this machine is taken over. Not covered: two machines that take the lock in the same instant on a file system whose flock
-    does nothing.
+    on this machine, in a container or not, is taken over. Not covered: two machines that take the lock in the same instant on a
+    file system whose flock does nothing.
     """
     try:
         descriptor = _take(path, out)
@@ -68,6 +68,7 @@ def _take(path: Path, out: Path) -> int:
 
 def _is_mine(descriptor: int, path: Path, out: Path) -> bool:
     """Lock the open file and write this process into it; False if it is no longer the one at `path`."""
+    flocked = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -75,13 +76,14 @@ def _is_mine(descriptor: int, path: Path, out: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
+        flocked = False
     try:
         if not os.path.samestat(os.fstat(descriptor), path.stat()):
             return False
     except FileNotFoundError:
         return False
     holder = _holder(descriptor)
-    if path in _held or (holder and not _is_dead(holder)):
+    if path in _held or (holder and not _is_dead(holder, flocked=flocked)):
         raise _busy(path, out, holder, alive=_is_here(holder))
     os.ftruncate(descriptor, 0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -122,11 +124,13 @@ def _is_here(holder: dict[str, Any]) -> bool:
     return bool(holder.get("host") == socket.gethostname())
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
-    """Is it sure that the holder has ended?"""
+def _is_dead(holder: dict[str, Any], *, flocked: bool) -> bool:
+    """Is it sure that the holder has ended? `flocked`: the system gave us the file."""
+    boot = _identity()["boot"]
     if not _is_here(holder):
-        return False
-    if holder.get("boot") != _identity()["boot"]:
+        # One start of one system under two names: containers. While that one lived, the system would not have given us the file.
+        return flocked and bool(boot) and holder.get("boot") == boot
+    if holder.get("boot") != boot:
         return True
     if holder["pid"] == os.getpid():
         # Not held by this process, which its own list tells.

@@ -34,6 +34,18 @@ RECORD = Path("sensmerge") / "merge.json"
 _PARTS = {"state.json", "state.json.partial", "journal", "model", "complete", "old"}
 
 
+def work_folder(out: Path) -> Path:
+    """Where the work on an output is kept, beside it."""
+    out = out.resolve()
+    return out.with_name(f".{out.name}.sensmerge")
+
+
+def lock_file(out: Path) -> Path:
+    """The file that says who writes an output, beside it."""
+    work = work_folder(out)
+    return work.with_name(f"{work.name}.lock")
+
+
 def has_entries(folder: Path) -> bool:
     """Is there anything in the folder?"""
     return folder.is_dir() and any(folder.iterdir())
@@ -53,7 +65,7 @@ class Staging:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.work = out.parent / f".{out.name}.sensmerge"
+        self.work = work_folder(out)
         self.model = self.work / "model"
         self.journal: Journal | None = None
         self._complete, self._old, self._state = (self.work / name for name in ("complete", "old", "state.json"))
@@ -118,7 +130,8 @@ class Staging:
         if not self.model.exists():
             files.make_folder(self.model)
         for entry in list(self.model.iterdir()):
-            if entry.name not in files_kept:
+            # A link or a pipe in the place of a file was put there by somebody else: nothing is written through it.
+            if entry.name not in files_kept or entry.is_symlink() or not entry.is_file():
                 files.remove_tree(entry)
         self.journal = Journal(self.work / "journal")
         return self.journal
@@ -215,7 +228,7 @@ def staging(out: Path) -> Iterator[Staging]:
     except OSError as error:
         raise write_failure(out, error) from error
     try:
-        with locked(held.work.with_name(f"{held.work.name}.lock"), out):
+        with locked(lock_file(out), out):
             try:
                 held.recover()
             except OSError as error:

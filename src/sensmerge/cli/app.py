@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
@@ -70,10 +71,40 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
+def _hold_standard_streams() -> None:
+    """Open what the shell has closed, and let no character stop an output.
+
+    A closed stream would give its number to the next file that is opened: to weights, into which messages would then be written.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()  # noqa: PTH109  # what all relative paths ask
+    except OSError as error:
+        fail(
+            f"the current folder cannot be found any more\n  where: {os.environ.get('PWD', '.')}\n  why:   {error}\n"
+            "  fix:   cd ~, then run the command with paths that begin with /",
+            2,
+        )
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 130/143 interrupted, else the error's own code (see sensmerge.errors)."""
     from ..errors import SensmergeError
 
+    _hold_standard_streams()
+    _check_current_folder()
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -27,7 +27,8 @@ def fail(text: str, code: int) -> NoReturn:
 
 def print_json(value: Any) -> None:
     """A command's result as one JSON document on standard output."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=2, ensure_ascii=not utf8, allow_nan=False))
 
 
 def parse_size(text: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 from .. import progress
@@ -9,6 +11,7 @@ from ..checkpoints.configs import KEYS, differences, normal_config
 from ..checkpoints.conforming import is_untied
 from ..checkpoints.related import LIMIT, distances_from
 from ..checkpoints.source import Checkpoint
+from ..checkpoints.staging import has_entries, lock_file, work_folder
 from ..checkpoints.vocabulary.tensors import vocabulary_tensors
 from ..errors import Faults, IncompatibleModelsError, OutputError, RecipeError
 from ..matching import match_tensors
@@ -27,30 +30,48 @@ def _refuse_output(what: str, out: Path, why: str, fix: str = "choose another ou
     return OutputError(what, where=str(out), why=why, fix=fix)
 
 
-def check_output(recipe: Recipe, models: RecipeModels, out: Path, kept: Path, overwrite: bool) -> None:
-    """Raise OutputError unless `out` is absent, empty, or may be overwritten; never if it holds anything this merge reads.
+def _command(recipe: Recipe, out: Path) -> str:
+    return shlex.join(["sensmerge", "merge", str(recipe.path), str(out)])
 
-    `kept` is where the calibration is kept.
-    """
-    check_place(recipe, models, out, kept)
-    if not overwrite:
-        check_empty(recipe, out)
+
+def _has_entries(out: Path) -> bool:
+    """Is there anything in the output folder? Raises OutputError where that cannot be seen."""
+    try:
+        return has_entries(out)
+    except OSError as error:
+        raise _refuse_output("the output folder cannot be looked into", out, str(error)) from error
+
+
+def check_name(out: Path) -> None:
+    """Raise OutputError for a name so long that its lock and its work folder beside it could have none."""
+    try:
+        longest = os.pathconf(next(folder for folder in out.resolve().parents if folder.is_dir()), "PC_NAME_MAX")
+    except (OSError, ValueError):
+        longest = 255
+    beside = lock_file(out).name
+    if len(os.fsencode(beside)) > longest:
+        raise _refuse_output(
+            "the output folder's name is too long",
+            out,
+            f"the lock beside it, .NAME.sensmerge.lock, would have {len(os.fsencode(beside))} bytes, {longest} are allowed",
+            "choose a shorter name",
+        )
 
 
 def check_empty(recipe: Recipe, out: Path) -> None:
     """Raise OutputError unless `out` is absent or empty."""
-    if out.is_dir() and any(out.iterdir()):
+    if _has_entries(out):
         raise _refuse_output(
             "the output folder is not empty",
             out,
             "nothing that exists is overwritten unless you say so",
-            f"choose another folder, or replace all of this one: sensmerge merge {recipe.path} {out} --overwrite",
+            f"choose another folder, or replace all of this one: {_command(recipe, out)} --overwrite",
         )
 
 
 def check_place(recipe: Recipe, models: RecipeModels, out: Path, kept: Path) -> None:
     """Raise OutputError if `out` cannot be a folder of its own, or holds, is or lies in anything that this merge reads."""
-    target = out.resolve()
+    target, work = out.resolve(), work_folder(out)
     for model in models.all:
         for folder in model.folders:
             if target == folder or target in folder.parents or folder in target.parents:
@@ -59,6 +80,13 @@ def check_place(recipe: Recipe, models: RecipeModels, out: Path, kept: Path) -> 
                     out,
                     f"it is, holds, or lies in the folder of '{model.label}'",
                 )
+            if work in (folder, *folder.parents):
+                raise _refuse_output(
+                    "the work on this output would overwrite a model of the recipe",
+                    out,
+                    f"'{model.label}' lies in {work}, where merges into this output are kept until they are complete",
+                    "move that model elsewhere, or choose another output folder",
+                )
     if out.exists() and not out.is_dir():
         raise _refuse_output("the output exists and is no folder", out, "a file is in its place", "choose another name")
     if target == Path.cwd() or target.is_mount():
@@ -66,12 +94,11 @@ def check_place(recipe: Recipe, models: RecipeModels, out: Path, kept: Path) -> 
             "the output folder cannot be renamed into place",
             out,
             "it is the current folder, or a disk is mounted there",
-            f"sensmerge merge {recipe.path} {out / 'merged'}",
+            _command(recipe, out / "merged"),
         )
-    if not out.is_dir() or not any(out.iterdir()):
-        return
     for needed in (recipe.path, kept, *named_files(recipe)):
-        if target in needed.resolve().parents or target == needed.resolve():
+        place = needed.resolve()
+        if work in (place, *place.parents) or (_has_entries(out) and target in (place, *place.parents)):
             raise _refuse_output("the output folder holds what this merge needs", out, f"{needed} lies in it")
 
 

@@ -39,7 +39,8 @@ def input_states(models: RecipeModels) -> States:
 def _states_in(folder: Path) -> dict[str, list[int]]:
     try:
         paths = [path for path in folder.iterdir() if path.name in _READ or path.name.endswith(_WEIGHTS)]
-        stats = {path.name: path.stat() for path in paths}
+        # A link that leads nowhere is no file of the model: what is read was found when it was opened.
+        stats = {path.name: path.stat() for path in paths if path.exists()}
     except OSError as error:
         raise InputFileError(
             "the files of a model cannot be found any more",
@@ -86,7 +87,7 @@ def identity_of(recipe: Recipe, models: RecipeModels, plan: MergePlan, states: S
         for each in plan.tensors
     ]
     identity = {
-        "recipe": hash_of(_meaning(recipe.text)),
+        "recipe": hash_of(meaning_of(recipe.text)),
         "tensors": hash_of(plan.method, tensors),
         "coefficients": hash_of([[each.coefficients, each.scale] for each in plan.tensors]),
         "seed": sorted({repr(each.options["seed"]) for each in plan.tensors if "seed" in each.options}),
@@ -105,7 +106,7 @@ def version_of(package: str) -> str:
     return version(package)
 
 
-def _meaning(text: str) -> str:
+def meaning_of(text: str) -> str:
     """A recipe's text without its comments and layout."""
     try:
         return repr(yaml.safe_load(text))

@@ -22,7 +22,7 @@ from ..records import Alignment, MergePlan, Recipe, SensitivityProfile
 from ..rules import RULES
 from ..sens_block import settings_of
 from .calibrating import kept_record, profile_inputs, profiles_folder
-from .checking import check_empty
+from .checking import check_empty, check_name
 from .models import RecipeModels, find_file, open_models, source_of
 from .planning import check_before, check_data, free_bytes, output_bytes, raise_once
 from .weighing import needs_calibration
@@ -103,6 +103,7 @@ def outlook(
     out = recipe.path.with_name(f"{recipe.path.stem}-merged") if out is None else Path(out)
     kept = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
     threads = jobs or cores()
+    check_name(out)
     opening = Faults()
     with opening.gathered(), open_models(recipe, allow_pickle=allow_pickle) as models:
         plan = check_before(recipe, models, out, kept, overwrite=overwrite, shard_bytes=shard_bytes, jobs=threads)

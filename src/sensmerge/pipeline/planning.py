@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from ..calibration.samples import read_samples
 from ..checkpoints.source import TOKENIZER_FILES
+from ..checkpoints.staging import work_folder
 from ..errors import Faults, ResourceError, SensmergeError
 from ..execution.engine import cores
 from ..execution.estimate import Cost, cost_of
@@ -18,7 +20,7 @@ from ..records import Coefficients, MergePlan, Recipe, SensitivityProfile
 from ..rules.compute import compute
 from ..sens_block import settings_of
 from .calibrating import profiles_folder
-from .checking import check_models, check_place, check_tokenizers, rows_alone_differ, tell_unmatched_filters
+from .checking import check_models, check_name, check_place, check_tokenizers, rows_alone_differ, tell_unmatched_filters
 from .companions import output_model_config
 from .models import RecipeModels, find_file, open_models, source_of
 from .resuming import check_not_taken
@@ -54,6 +56,7 @@ def check_before(
     The output, the tokenizers, the tensors and the method's options, the config, the calibration files (unless `calibrates` is
     False: coefficients were given), the disk and the memory. `kept` is where the calibration is kept.
     """
+    check_name(out)
     faults = Faults()
     plan: MergePlan | None = None
     with faults.gathered():
@@ -113,7 +116,7 @@ def free_bytes(out: Path) -> int:
     here = out.resolve()
     free = shutil.disk_usage(next(folder for folder in (here, *here.parents) if folder.is_dir())).free
     # What an interrupted merge has written there already is gone on with, not written a second time.
-    begun = here.parent / f".{here.name}.sensmerge" / "model"
+    begun = work_folder(out) / "model"
     return free + sum(file.stat().st_blocks * 512 for file in begun.rglob("*") if file.is_file())
 
 
@@ -144,7 +147,7 @@ def _check_memory(cost: Cost, jobs: int, recipe: Recipe, out: Path) -> None:
         "the merge needs more memory than this machine has",
         where=f"{jobs} thread(s)",
         why=f"about {cost.peak_bytes} bytes at its peak; the machine has {total}",
-        fix=f"sensmerge merge {recipe.path} {out} --jobs 1"
+        fix=shlex.join(["sensmerge", "merge", str(recipe.path), str(out), "--jobs", "1"])
         if jobs > 1
         else "use a machine with more memory, or a method that is not of whole tensors (`sensmerge list methods`)",
     )

@@ -15,14 +15,15 @@ from ..checkpoints.staging import RECORD, Staging, read_json
 from ..errors import OutputError, ResourceError, SensmergeError, SeveralErrors
 from ..records import Recipe
 from .checking import check_empty
-from .identity import changes
+from .identity import changes, meaning_of
 
 
 def check_not_taken(recipe: Recipe, out: Path) -> None:
     """Raise OutputError for an output that is not empty, unless it may be what this very recipe has made."""
     record = read_json(out / RECORD)
     try:
-        same = record is not None and "identity" in record and (out / "sensmerge.yml").read_text("utf-8") == recipe.text
+        made_from = (out / "sensmerge.yml").read_text("utf-8")
+        same = record is not None and "identity" in record and meaning_of(made_from) == meaning_of(recipe.text)
     except (OSError, ValueError):
         same = False
     if not same:

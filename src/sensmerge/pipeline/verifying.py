@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import secrets
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -197,7 +198,8 @@ class _Checking:
                 with self.faults.gathered():
                     self._recompute(recipe, models, holders, chosen)
             return {model.label: str(model.path) for model in models.all}
-        hint = f"say where the models are: sensmerge check {self.folder} --models-in DIR; or leave them out: --outputs-only"
+        command = shlex.join(["sensmerge", "check", str(self.folder)])
+        hint = f"say where the models are: {command} --models-in DIR; or leave them out: --outputs-only"
         for error in opening.found:
             fix = f"{hint} ({error.fix})" if isinstance(error, InputFileError) else error.fix
             self.faults.found.append(type(error)(error.what, where=error.where, why=error.why, fix=fix))

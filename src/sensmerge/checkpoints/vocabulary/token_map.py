@@ -152,7 +152,10 @@ def _beside(folder: Path) -> list[tuple[str, int, dict[str, bool]]]:
     decoder = data.get("added_tokens_decoder")
     for place, entry in decoder.items() if isinstance(decoder, dict) else ():
         try:
-            found.append((entry["content"], int(place), _flags(entry)))
+            token, number = entry["content"], int(place)
+            if not isinstance(token, str) or not _is_id(number):
+                raise ValueError(f"{token!r} cannot have the id {place!r}")
+            found.append((token, number, _flags(entry)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(config, f"added_tokens_decoder cannot be read: {error!r}") from error
     file = folder / "added_tokens.json"

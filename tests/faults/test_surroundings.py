@@ -1,0 +1,166 @@
+"""What stands around a merge: closed streams, folders that vanish, odd names, links that somebody put there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sensmerge as sm
+from sensmerge.errors import OutputError
+from tests.conftest import QUIET, Run
+from tests.faults.merges import Case, tiny, tree
+from tests.faults.test_resuming import interrupt
+
+SENSMERGE = f"{shlex.quote(sys.executable)} -m sensmerge"
+WATCHED = """
+import os, sys
+from sensmerge.checkpoints import files
+from sensmerge.cli import main
+opened, take = [], files.open_output
+def told(path, *, new=True):
+    opened.append(take(path, new=new))
+    return opened[-1]
+files.open_output = told
+try:
+    main()
+finally:
+    with open(os.environ["TOLD"], "w") as file:
+        file.write(repr(sorted(set(opened))))
+"""
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, shell=True, env={**os.environ, **QUIET, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path, closed: str) -> None:
+    """Messages, ours and those of libraries, would be written into the weights."""
+    case = tiny(tmp_path, old=False)
+    told = tmp_path / "told"
+    words = [sys.executable, "-c", WATCHED, "merge", str(case.recipe), str(case.out)]
+    done = shell(f"{shlex.join(words)} {closed}", TOLD=str(told))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(told.read_text())[0] > 2
+    assert (case.out / "model.safetensors").exists()
+
+
+def test_a_failure_without_any_stream_has_its_exit_code(tmp_path: Path) -> None:
+    assert shell(f"{SENSMERGE} merge {tmp_path}/no.yml {tmp_path}/out <&- >&- 2>&-").returncode == 2
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    case = tiny(tmp_path / "case", old=False)
+    gone = tmp_path / "gone"
+    done = shell(f"mkdir {gone}; cd {gone}; rmdir {gone}; {SENSMERGE} merge {case.recipe} {case.out}")
+    assert done.returncode == 2
+    assert "the current folder cannot be found" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+    """A merge that succeeded is not told as a failure, and --json stays JSON."""
+    case = tiny(tmp_path, old=False)
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = shell(f"{SENSMERGE} merge {case.recipe} {case.out.parent}/größe", **ascii_only)
+    assert done.returncode == 0, done.stderr
+    done = shell(f"{SENSMERGE} merge {case.recipe} {case.out.parent}/größe --json", **ascii_only)
+    assert json.loads(done.stdout)["folder"].endswith("größe")
+
+
+@pytest.mark.parametrize("length", [240, 300])
+def test_a_name_that_is_too_long_for_its_lock(tmp_path: Path, length: int) -> None:
+    case = tiny(tmp_path, old=False)
+    long = Case(case.folder, case.recipe, case.out.with_name("x" * length))
+    with pytest.raises(OutputError, match="name is too long") as caught:
+        long.merge(overwrite=False)
+    assert "choose a shorter name" in caught.value.fix
+    Case(case.folder, case.recipe, case.out.with_name("x" * 238)).merge(overwrite=False)
+
+
+def test_the_command_that_is_told_can_be_pasted_whatever_the_names(tmp_path: Path, sensmerge: Run) -> None:
+    case = tiny(tmp_path / "my models", old=False)
+    out = case.out.with_name("it's; new")
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    done = sensmerge("merge", case.recipe, out)
+    assert done.returncode == 7
+    fix = done.stderr.rstrip().split("\n")[-1]
+    done = shell(fix[fix.index("sensmerge merge") :].replace("sensmerge", SENSMERGE, 1))
+    assert done.returncode == 0, done.stderr
+    assert not (out / "old.txt").exists()
+
+
+def test_a_link_that_leads_nowhere_beside_the_weights(tmp_path: Path) -> None:
+    """As in a hub cache from which what nobody needs was deleted."""
+    case = tiny(tmp_path, old=False)
+    (tmp_path / "base" / "consolidated.safetensors").symlink_to(tmp_path / "nowhere")
+    case.merge(overwrite=False)
+    assert case.out.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_nothing_is_written_through_what_lies_in_the_place_of_a_file(tmp_path: Path, kind: str) -> None:
+    case = tiny(tmp_path)
+    case.merge()
+    new = tree(case.out)
+    interrupt(case, 0.9)
+    precious = tmp_path / "precious"
+    for file in [*sorted((case.work / "model").glob("*.safetensors"))]:
+        precious.write_bytes(file.read_bytes()[:-7] + b"thesis.")
+        file.unlink()
+        if kind == "link":
+            file.symlink_to(precious)
+        elif kind == "pipe":
+            os.mkfifo(file)
+        else:
+            file.mkdir()
+    before = precious.read_bytes()
+    case.merge()
+    assert tree(case.out) == new
+    assert precious.read_bytes() == before
+    assert not any(path.is_symlink() for path in case.out.rglob("*"))
+
+
+@pytest.mark.parametrize("name", [".out.sensmerge.lock", ".out.sensmerge/journal"])
+def test_lock_and_journal_are_never_written_through_a_link(tmp_path: Path, name: str) -> None:
+    case = tiny(tmp_path)
+    interrupt(case)
+    precious = tmp_path / "precious"
+    precious.write_text("thesis")
+    link = case.out.parent / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(precious)
+    with pytest.raises(sm.SensmergeError):
+        case.merge()
+    assert precious.read_text() == "thesis"
+
+
+def test_a_model_that_lies_in_the_work_folder_is_not_thrown_away(tmp_path: Path) -> None:
+    case = tiny(tmp_path)
+    inside = case.work / "old"
+    case.work.mkdir()
+    (tmp_path / "expert-0").rename(inside)
+    case.recipe.write_text(case.recipe.read_text().replace("expert-0", str(inside)))
+    before = tree(inside)
+    for restart in (False, True):
+        with pytest.raises(OutputError, match="would overwrite a model of the recipe"):
+            case.merge(restart=restart)
+    assert tree(inside) == before
+
+
+def test_a_remark_in_the_recipe_is_the_same_merge(tmp_path: Path) -> None:
+    case = tiny(tmp_path, old=False)
+    case.merge(overwrite=False)
+    before = {path: path.stat().st_mtime_ns for path in case.out.rglob("*")}
+    case.recipe.write_text("# a remark\n" + case.recipe.read_text())
+    case.merge(overwrite=False)
+    assert {path: path.stat().st_mtime_ns for path in case.out.rglob("*")} == before
