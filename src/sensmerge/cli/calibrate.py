@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from .arguments import AsJson, Device, ProfilesDir, RecipePath
+from .arguments import AsJson, Device, Memory, ProfilesDir, RecipePath
 from .terminal import print_json, print_table
 
 
 def calibrate(
-    recipe: RecipePath, profiles: ProfilesDir = None, device: Device = "auto", as_json: AsJson = False
+    recipe: RecipePath,
+    profiles: ProfilesDir = None,
+    device: Device = "auto",
+    memory: Memory = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Measure how sensitive every layer is and how far the experts stand apart; kept in <recipe>.sens/."""
     from ..pipeline import calibrate as measure
@@ -15,7 +19,7 @@ def calibrate(
     from ..recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    found, alignment = measure(loaded, profiles_dir=profiles, device=device)
+    found, alignment = measure(loaded, profiles_dir=profiles, device=device, memory=memory)
     folder = profiles or profiles_folder(loaded)
     if as_json:
         print_json(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RecipeError
-from .arguments import AsJson, Device, ProfilesDir, RecipePath
+from .arguments import AsJson, Device, Memory, ProfilesDir, RecipePath
 from .terminal import print_json
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -40,6 +40,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; absent or empty.")],
     profiles: ProfilesDir = None,
     device: Device = "auto",
+    memory: Memory = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the merge is complete.")] = False,
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest output file.")] = "5GB",
     jobs: Annotated[
@@ -84,6 +85,7 @@ def merge(
         out,
         profiles_dir=profiles,
         device=device,
+        memory=memory,
         overwrite=overwrite,
         shard_bytes=shard_bytes,
         jobs=jobs,

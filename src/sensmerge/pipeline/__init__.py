@@ -26,17 +26,17 @@ ARITHMETIC = ("preset", "rule", "temperature", "total", "axis", "direction", "ot
 
 
 def calibrate(
-    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto"
+    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto", memory: str = "auto"
 ) -> tuple[list[SensitivityProfile], Alignment | None]:
     """Measure every expert of `recipe` (eq. 1-4), or read what was measured before from `profiles_dir` (`<recipe>.sens/`).
 
-    Returns the profiles in recipe order and the distances between the experts. Raises RecipeError without a `sens:` block,
-    CalibrationDataError before any model is loaded, NonFiniteError.
+    `memory` is how models are held: auto, resident or streamed. Returns the profiles in recipe order and the distances between the
+    experts. Raises RecipeError without a `sens:` block, CalibrationDataError before any model is loaded, NonFiniteError.
     """
     settings_of(recipe)
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
     with open_models(recipe) as models:
-        calibration = calibrate_models(recipe, models, folder, device)
+        calibration = calibrate_models(recipe, models, folder, device, memory)
     return list(calibration.profiles), calibration.alignment
 
 
@@ -69,7 +69,9 @@ def coefficients(
     )
 
 
-def weigh(recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto") -> Coefficients:
+def weigh(
+    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto", memory: str = "auto"
+) -> Coefficients:
     """The coefficients of a recipe, kept as `coefficients.json` in `profiles_dir`; calibrates first where it must.
 
     With valid profiles no model is loaded. λ is null while it is `auto`.
@@ -79,7 +81,7 @@ def weigh(recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str
         recipe = sized(recipe, models)
         calibration: Calibration | None = None
         if needs_calibration(recipe):
-            calibration = calibrate_models(recipe, models, folder, device)
+            calibration = calibrate_models(recipe, models, folder, device, memory)
         result = coefficients_of(recipe, models, calibration)
     result.save(folder / "coefficients.json")
     return result

@@ -26,9 +26,19 @@ from .models import RecipeModels, find_file, source_of
 # torch and what needs it are imported where something is measured: with valid files nothing here costs more than reading them.
 
 # The keys of `sens:` that decide a profile, and those that decide the distances.
-_PROFILE_KEYS = ("samples", "max_length", "seed", "template", "loss", "score", "group", "compute_dtype")
+_PROFILE_KEYS = (
+    "samples",
+    "max_length",
+    "seed",
+    "template",
+    "loss",
+    "score",
+    "group",
+    "compute_dtype",
+    "attn_implementation",
+)
 _SAMPLE_KEYS = tuple(key for key in _PROFILE_KEYS if key not in ("samples", "seed", "group"))
-_ALIGNMENT_KEYS = ("distance", "positions", "compute_dtype")
+_ALIGNMENT_KEYS = ("distance", "positions", "compute_dtype", "attn_implementation")
 
 
 @dataclass(frozen=True)
@@ -302,8 +312,8 @@ def calibrate_models(
 ) -> Calibration:
     """Profiles (eq. 1-3) and distances (eq. 4) of a recipe, from `folder` where they are still valid, else measured and kept.
 
-    Each model is loaded once, or streamed (`memory`: auto, resident, streamed). Raises CalibrationDataError before a model is loaded
-    if the data cannot be used; NonFiniteError, InputFileError, ResourceError. Cost: K forward and backward passes over a task's
+    Each model is loaded once, or streamed (`memory`: auto, resident, streamed). Raises CalibrationDataError before a model is
+    loaded if the data cannot be used; NonFiniteError, InputFileError, ResourceError. Cost: K forward and backward passes over a task's
     samples, K(K-1) forward passes over a task's samples, and output heads for every pair.
     """
     settings = settings_of(recipe)

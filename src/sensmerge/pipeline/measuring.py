@@ -66,8 +66,8 @@ class SampleSums:
 class Work:
     """What is to be measured: the samples of each task, whose sums are wanted by expert, and which pairs of models are compared.
 
-    `sums[i]` takes expert i's own sensitivities, absent where they are known; a pair (i, j) is the distance of model i from expert j
-    on task j's samples. What is found goes to `paths[i]` (modules by how they were measured) and `distances[i, j]` (by sample).
+    `sums[i]` takes expert i's own sensitivities, absent where they are known; a pair (i, j) is the distance of model i from expert
+    j on task j's samples. What is found goes to `paths[i]` (modules by how they were measured) and `distances[i, j]` (by sample).
     """
 
     tasks: Sequence[CalibrationSet]

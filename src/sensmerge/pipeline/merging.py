@@ -163,7 +163,13 @@ def _check_given(given: Coefficients, recipe: Recipe, models: RecipeModels) -> N
 
 
 def _prepare(
-    recipe: Recipe, models: RecipeModels, given: Coefficients | None, folder: Path, device: str, shard_bytes: int
+    recipe: Recipe,
+    models: RecipeModels,
+    given: Coefficients | None,
+    folder: Path,
+    device: str,
+    memory: str,
+    shard_bytes: int,
 ) -> _Prepared:
     recipe = sized(recipe, models)
 
@@ -177,7 +183,7 @@ def _prepare(
     calibration, coefficients, record = None, None, None
     scale = 1.0 if recipe.lambda_ is None else recipe.lambda_
     if recipe.sens is not None and needs_calibration(recipe):
-        calibration = calibrate_models(recipe, models, folder, device)
+        calibration = calibrate_models(recipe, models, folder, device, memory)
     if given is not None:
         _check_given(given, recipe, models)
         weights = [expert.weight for expert in recipe.models]
@@ -244,6 +250,7 @@ def merge(
     coefficients: Coefficients | None = None,
     profiles_dir: str | Path | None = None,
     device: str = "auto",
+    memory: str = "auto",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     jobs: int | None = None,
@@ -253,8 +260,9 @@ def merge(
 
     Calibrates first where the recipe has a `sens:` block and no valid files exist in `profiles_dir` (default: `<recipe>.sens/`);
     `coefficients` replaces the recipe's own rule, `seed` that of a method that draws at random; `jobs` is the number of threads
-    (default: one for each core), which changes no byte. `out` is untouched until the merge is complete. Raises the errors of
-    sensmerge.errors. Cost of the merge itself: one read of every input byte, one write of every output byte, constant memory.
+    (default: one for each core), which changes no byte; `memory` is how models are held while they are measured. `out` is untouched
+    until the merge is complete. Raises the errors of sensmerge.errors. Cost of the merge itself: one read of every input byte, one
+    write of every output byte, constant memory.
     """
     started = time.monotonic()
     out = Path(out)
@@ -263,7 +271,7 @@ def merge(
     with open_models(recipe) as models:
         check_output(recipe, models, out, folder, overwrite)
         check_tokenizers(recipe, models)
-        prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
+        prepared = _prepare(recipe, models, coefficients, folder, device, memory, shard_bytes)
         with staging_folder(out) as staging:
             hashes = execute(prepared.plan, models.readers, staging, jobs=jobs, device=device)
             write_companions(recipe, models, staging)
