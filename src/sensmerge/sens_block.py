@@ -138,12 +138,12 @@ def read_source(section: Section) -> SensSource:
     if section.is_section("data"):
         data = section.section("data")
         assert data is not None
-        data.allow(("path", *FIELDS), unsupported=("name", "split", "revision"))
+        data.allow(("path", "name", "split", "revision", *FIELDS))
         path = data.text("path")
         names = {field: name for field in FIELDS if (name := data.text(field)) is not None}
         if path is None:
             raise data.error("`data:` needs a path", data.line, "write `data: {path: FILE.jsonl}`")
-        return SensSource(data=path, fields=names)
+        return SensSource(path, names, None, data.text("name"), data.text("split"), data.text("revision"))
     source = SensSource(data=section.text("data"), profile=section.text("profile"))
     if not source.data and not source.profile:
         raise section.error(

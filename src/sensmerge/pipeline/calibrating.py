@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from .. import progress
-from ..calibration.samples import draw, encode_samples, read_samples
+from ..calibration.samples import draw, encode_samples
 from ..checkpoints.families import group_tensors
 from ..checkpoints.source import tokenizer_hashes
-from ..errors import CalibrationDataError, InputFileError
+from ..errors import CalibrationDataError, Faults, InputFileError
 from ..matching import check_same_tensors
 from ..records import Alignment, CalibrationSet, PairDistances, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
 from ..sens_block import settings_of
+from .data import CalibrationData
 from .measuring import SampleSums, Work, measure
 from .models import RecipeModels, find_file, source_of
 
@@ -79,10 +79,6 @@ def calibration_set(profile: SensitivityProfile) -> CalibrationSet:
     )
 
 
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _picked(settings: SensSettings, keys: Sequence[str]) -> dict[str, object]:
     return {key: getattr(settings, key) for key in keys}
 
@@ -91,7 +87,7 @@ def _profile_inputs(
     recipe: Recipe,
     models: RecipeModels,
     index: int,
-    data: Path,
+    data: CalibrationData,
     fingerprint: str,
     keys: Sequence[str] = _PROFILE_KEYS,
 ) -> str:
@@ -103,7 +99,7 @@ def _profile_inputs(
         fingerprint,
         base,
         tokenizer_hashes(folder),
-        _file_hash(data),
+        data.hash(index),
         dict(source_of(recipe, index).fields),
         _picked(settings, keys),
     )
@@ -137,6 +133,8 @@ def _profile_of(
         token_ids=[list(ids) for ids in samples.token_ids],
         loss_mask=[list(mask) for mask in samples.loss_mask],
         inputs=pending.inputs,
+        truncated=samples.truncated,
+        dropped=samples.dropped,
     )
 
 
@@ -191,15 +189,13 @@ class _Pending:
 
 
 def _profile_or_samples(
-    recipe: Recipe, models: RecipeModels, index: int, folder: Path
+    recipe: Recipe, models: RecipeModels, data: CalibrationData, index: int, folder: Path
 ) -> SensitivityProfile | _Pending:
     """The expert's published or kept profile, else its encoded samples. Raises CalibrationDataError, InputFileError."""
     source, settings = source_of(recipe, index), settings_of(recipe)
     if source.profile is not None:
         return _published_profile(recipe, models, index, source.profile)
-    assert source.data is not None
     expert, name = models.experts[index], models.names[index]
-    data = find_file(recipe, source.data, recipe.models[index].line)
     fingerprint = expert.fingerprint()
     inputs = _profile_inputs(recipe, models, index, data, fingerprint)
     kept = kept_record(folder, f"profiles/{name}.json", inputs, SensitivityProfile.load)
@@ -207,22 +203,15 @@ def _profile_or_samples(
         return kept  # type: ignore[no-any-return]
     from ..calibration.models import load_tokenizer
 
-    drawn = draw(read_samples(data, source.fields), settings.samples, settings.seed)
-    samples = encode_samples(load_tokenizer(expert.tokenizer_path), drawn, settings, data)
+    rows = data.samples(index)
+    drawn = draw(rows, settings.samples, settings.seed)
+    samples = encode_samples(load_tokenizer(expert.tokenizer_path), drawn, settings, name, len(rows))
     if samples.truncated:
         cut = f"{samples.truncated} of {len(samples.rows)} samples were cut to {settings.max_length} tokens"
         progress.message(f"{name}: {cut}")
     # What one sample's sums come from: neither how many others there are, nor how tensors are grouped afterwards.
     each = _profile_inputs(recipe, models, index, data, fingerprint, _SAMPLE_KEYS)
     return _Pending(index, samples, fingerprint, inputs, each)
-
-
-def _check_all_data(recipe: Recipe) -> None:
-    """Find every calibration file and read its rows before the first model is loaded: bad data costs no time."""
-    for index, expert in enumerate(recipe.models):
-        source = source_of(recipe, index)
-        if source.data is not None:
-            read_samples(find_file(recipe, source.data, expert.line), source.fields)
 
 
 def _check_vocabularies(models: RecipeModels, found: Sequence[SensitivityProfile | _Pending]) -> None:
@@ -243,10 +232,16 @@ def _check_vocabularies(models: RecipeModels, found: Sequence[SensitivityProfile
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The distance of one model from one expert: what it comes from, and its samples' numbers if they are known."""
+    """The distance of one model from one expert: what it comes from, its samples by their hashes, and the numbers known of them."""
 
     inputs: str
-    per_sample: list[float] | None
+    samples: Sequence[str]
+    known: Mapping[str, float]
+
+    @property
+    def unknown(self) -> list[int]:
+        """The places of the samples that must still be compared."""
+        return [place for place, key in enumerate(self.samples) if key not in self.known]
 
 
 def _pairs(
@@ -256,20 +251,19 @@ def _pairs(
     settings: SensSettings,
     folder: Path,
 ) -> dict[tuple[int, int], _Wanted]:
-    """Every pair (model, expert on its own task), with what was kept of it: adding an expert measures only what is new."""
+    """Every pair (model, expert on its own task), with what was kept of it: more experts or samples measure only what is new."""
+    keys = [[hash_of(ids, mask)[:32] for ids, mask in zip(t.token_ids, t.loss_mask, strict=True)] for t in tasks]
     wanted: dict[tuple[int, int], _Wanted] = {}
     for model in range(len(found)):
         for task in range(len(found)):
             if model != task:
                 inputs = hash_of(
-                    "distances 1",
+                    "distances 2",
                     [found[model].fingerprint, found[task].fingerprint],
-                    tasks[task].token_ids,
-                    tasks[task].loss_mask,
                     _picked(settings, _ALIGNMENT_KEYS),
                 )
                 kept = kept_record(folder, _pair_file(inputs), inputs, PairDistances.load)
-                wanted[model, task] = _Wanted(inputs, None if kept is None else kept.per_sample)
+                wanted[model, task] = _Wanted(inputs, keys[task], {} if kept is None else kept.samples)
     return wanted
 
 
@@ -282,19 +276,18 @@ def _alignment(models: RecipeModels, pairs: Mapping[tuple[int, int], _Wanted], w
     experts = len(models.names)
     per_sample = [[[0.0] * len(work.tasks[task].rows) for task in range(experts)] for _ in range(experts)]
     for (model, task), wanted in pairs.items():
-        if wanted.per_sample is None:
-            values = work.distances[model, task]
-            record = PairDistances(PairDistances.SCHEMA, models.names[model], models.names[task], values, wanted.inputs)
+        known = dict(wanted.known)
+        if wanted.unknown:
+            known |= zip((wanted.samples[at] for at in wanted.unknown), work.distances[model, task], strict=True)
+            record = PairDistances(PairDistances.SCHEMA, models.names[model], models.names[task], known, wanted.inputs)
             record.save(folder / _pair_file(wanted.inputs))
-        else:
-            values = wanted.per_sample
-        per_sample[model][task] = list(values)
+        per_sample[model][task] = [known[key] for key in wanted.samples]
     alignment = Alignment(
         schema=Alignment.SCHEMA,
         models=list(models.names),
         distances=[[float(np.mean(samples)) for samples in row] for row in per_sample],
         per_sample=per_sample,
-        inputs=hash_of("alignment 2", list(models.names), [wanted.inputs for _, wanted in sorted(pairs.items())]),
+        inputs=hash_of("alignment 3", list(models.names), [[w.inputs, w.samples] for _, w in sorted(pairs.items())]),
     )
     alignment.save(folder / "alignment.json")
     return alignment
@@ -313,13 +306,18 @@ def calibrate_models(
     """Profiles (eq. 1-3) and distances (eq. 4) of a recipe, from `folder` where they are still valid, else measured and kept.
 
     Each model is loaded once, or streamed (`memory`: auto, resident, streamed). Raises CalibrationDataError before a model is
-    loaded if the data cannot be used; NonFiniteError, InputFileError, ResourceError. Cost: K forward and backward passes over a task's
-    samples, K(K-1) forward passes over a task's samples, and output heads for every pair.
+    loaded if the data cannot be used; NonFiniteError, InputFileError, ResourceError. Cost: K forward and backward passes over a
+    task's samples, K(K-1) forward passes over a task's samples, and output heads for every pair.
     """
     settings = settings_of(recipe)
     check_same_tensors(models.donor, [expert for expert in models.experts if expert is not models.donor])
-    _check_all_data(recipe)
-    found = [_profile_or_samples(recipe, models, index, folder) for index in range(len(models.experts))]
+    data = CalibrationData(recipe)
+    found: list[SensitivityProfile | _Pending] = []
+    faults = Faults()
+    for index in range(len(models.experts)):
+        with faults.gathered():
+            found.append(_profile_or_samples(recipe, models, data, index, folder))
+    faults.raise_all()
     _check_vocabularies(models, found)
     compared = RULES.get(settings.rule, where="sens.rule").needs_distances or all(
         isinstance(each, _Pending) or each.token_ids for each in found
@@ -331,7 +329,7 @@ def calibrate_models(
         for at, each in enumerate(found)
         if isinstance(each, _Pending)
     }
-    work = Work(tasks, sums, [pair for pair, wanted in pairs.items() if wanted.per_sample is None])
+    work = Work(tasks, sums, {pair: wanted.unknown for pair, wanted in pairs.items() if wanted.unknown})
     if work.sums or work.pairs:
         measure(models, settings, work, device=device, memory=memory, scratch=folder)
     profiles: list[SensitivityProfile] = []

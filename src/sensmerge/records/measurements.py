@@ -76,12 +76,17 @@ class Alignment(Record):
 
 @dataclass(frozen=True)
 class PairDistances(Record):
-    """How far one model stands from one expert on that expert's samples: a part of an Alignment that is kept on its own."""
+    """How far one model stands from one expert on that expert's samples: a part of an Alignment that is kept on its own.
+
+    `samples` has a number for each sample that was ever compared, by the hash of its token ids and loss mask.
+    """
+
+    SCHEMA = 2
 
     schema: int
     model: str
     expert: str
-    per_sample: list[float]
+    samples: dict[str, float]
     inputs: str
 
 
