@@ -87,7 +87,7 @@ def test_a_sens_recipe_has_the_defaults_of_the_design(tmp_path: Path) -> None:
         "preset": "paper", "samples": 100, "max_length": 1024, "seed": 0, "template": "none", "loss": "response",
         "score": "weight", "group": "block", "distance": "l2", "positions": "all", "axis": "row",
         "direction": "distance", "rule": "softmax", "temperature": 1.0, "total": "K", "other": "block_mean",
-        "compute_dtype": None,
+        "compute_dtype": None, "attn_implementation": None, "until": None,
     }  # fmt: skip
     assert recipe.sens is not None
     assert asdict(recipe.sens) == expected

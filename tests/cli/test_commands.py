@@ -51,7 +51,7 @@ def assert_told(done: subprocess.CompletedProcess[str], code: int, *words: str) 
 
 def test_version_and_help(sensmerge: Run) -> None:
     assert sensmerge("--version").stdout == f"sensmerge {sm.__version__}\n"
-    for command in ("demo", "calibrate", "coefficients", "merge", "evaluate", "list"):
+    for command in ("demo", "calibrate", "profile", "coefficients", "merge", "evaluate", "list"):
         done = sensmerge(command, "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout

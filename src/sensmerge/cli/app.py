@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import calibrate, coefficients, demo, evaluate, listing, merge
+from . import calibrate, coefficients, demo, evaluate, listing, merge, profile
 from .terminal import fail, listening_terminal
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
+app.command("profile")(profile.profile)
 app.command("coefficients")(coefficients.coefficients)
 app.command("merge")(merge.merge)
 app.command("evaluate")(evaluate.evaluate)

@@ -22,6 +22,7 @@ from ..sens_block import settings_of
 from .data import CalibrationData
 from .measuring import SampleSums, Work, measure
 from .models import RecipeModels, find_file, source_of
+from .published import published_profile
 
 # torch and what needs it are imported where something is measured: with valid files nothing here costs more than reading them.
 
@@ -61,7 +62,7 @@ def calibration_set(profile: SensitivityProfile) -> CalibrationSet:
             f"the profile of '{profile.model}' carries no samples",
             where=f"profile {profile.model}",
             why="distances and lambda are measured on every expert's samples",
-            fix="make the profile again with its samples, or use `rule: alpha_only`",
+            fix="make the profile again with its samples, or use `rule: alpha_only` with a number as lambda",
         )
     sound = all(
         len(ids) == len(mask) and mask[0] == 0 and any(mask)
@@ -105,6 +106,20 @@ def _profile_inputs(
     )
 
 
+def inputs_of_samples(recipe: Recipe, models: RecipeModels, data: CalibrationData) -> str:
+    """The hash of all that decides what samples can be drawn and what is measured on each, but for how many are."""
+    parts: list[str] = []
+    for index, expert in enumerate(models.experts):
+        source = source_of(recipe, index)
+        if source.profile is None:
+            keys = (*_SAMPLE_KEYS, "seed")
+            parts.append(_profile_inputs(recipe, models, index, data, expert.fingerprint(), keys))
+        else:
+            path = find_file(recipe, source.profile, recipe.models[index].line)
+            parts.append(SensitivityProfile.load(path).inputs)
+    return hash_of("until 1", parts)
+
+
 def _profile_of(
     models: RecipeModels, pending: _Pending, settings: SensSettings, by_row: Mapping[int, Mapping[str, float]]
 ) -> SensitivityProfile:
@@ -138,32 +153,6 @@ def _profile_of(
     )
 
 
-def _published_profile(recipe: Recipe, models: RecipeModels, index: int, name: str) -> SensitivityProfile:
-    """A profile named in the recipe, refused unless it was made from this very model with these settings."""
-    path = find_file(recipe, name, recipe.models[index].line)
-    profile = SensitivityProfile.load(path)
-    settings, expert = settings_of(recipe), models.experts[index]
-    groups = list(group_tensors([*profile.tensors], settings.group).layers)
-    wrong = [
-        fault
-        for fault, bad in (
-            (f"it was made from another model than {expert.path}", profile.fingerprint != expert.fingerprint()),
-            (f"it has loss: {profile.loss}, the recipe {settings.loss}", profile.loss != settings.loss),
-            (f"it has score: {profile.score}, the recipe {settings.score}", profile.score != settings.score),
-            (f"its layers are not the groups of group: {settings.group}", profile.layers != groups),
-        )
-        if bad
-    ]
-    if wrong:
-        raise InputFileError(
-            f"this profile does not belong to '{expert.label}' in this recipe",
-            where=str(path),
-            why="; ".join(wrong),
-            fix="use `sens: {data: FILE.jsonl}` to measure the model again",
-        )
-    return profile
-
-
 def kept_record(folder: Path, file: str, inputs: str, load: Callable[[Path], Any]) -> Any | None:
     """The record in `folder/file` if it came from `inputs`; None if it is absent, damaged or stale."""
     path = folder / file
@@ -194,7 +183,7 @@ def _profile_or_samples(
     """The expert's published or kept profile, else its encoded samples. Raises CalibrationDataError, InputFileError."""
     source, settings = source_of(recipe, index), settings_of(recipe)
     if source.profile is not None:
-        return _published_profile(recipe, models, index, source.profile)
+        return published_profile(recipe, models, index, source.profile)
     expert, name = models.experts[index], models.names[index]
     fingerprint = expert.fingerprint()
     inputs = _profile_inputs(recipe, models, index, data, fingerprint)
@@ -301,7 +290,7 @@ def _samples_of(found: SensitivityProfile | _Pending, needed: bool) -> Calibrati
 
 
 def calibrate_models(
-    recipe: Recipe, models: RecipeModels, folder: Path, device: str, memory: str = "auto"
+    recipe: Recipe, models: RecipeModels, data: CalibrationData, folder: Path, device: str, memory: str = "auto"
 ) -> Calibration:
     """Profiles (eq. 1-3) and distances (eq. 4) of a recipe, from `folder` where they are still valid, else measured and kept.
 
@@ -311,7 +300,6 @@ def calibrate_models(
     """
     settings = settings_of(recipe)
     check_same_tensors(models.donor, [expert for expert in models.experts if expert is not models.donor])
-    data = CalibrationData(recipe)
     found: list[SensitivityProfile | _Pending] = []
     faults = Faults()
     for index in range(len(models.experts)):
@@ -329,7 +317,8 @@ def calibrate_models(
         for at, each in enumerate(found)
         if isinstance(each, _Pending)
     }
-    work = Work(tasks, sums, {pair: wanted.unknown for pair, wanted in pairs.items() if wanted.unknown})
+    unmeasured = {at: each for at, each in sums.items() if any(row not in each.by_row for row in tasks[at].rows)}
+    work = Work(tasks, unmeasured, {pair: wanted.unknown for pair, wanted in pairs.items() if wanted.unknown})
     if work.sums or work.pairs:
         measure(models, settings, work, device=device, memory=memory, scratch=folder)
     profiles: list[SensitivityProfile] = []

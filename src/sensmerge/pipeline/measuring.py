@@ -67,8 +67,8 @@ class Work:
     """What is to be measured: the samples of each task, whose sums are wanted by expert, and which pairs of models are compared.
 
     `sums[i]` takes expert i's own sensitivities, absent where they are known; `pairs[i, j]` are the
-    places of task j's samples on which the distance of model i from expert j is wanted. What is found goes to `paths[i]` (modules by
-    how they were measured) and `distances[i, j]` (in the order of those places).
+    places of task j's samples on which the distance of model i from expert j is wanted. What is found goes to `paths[i]` (modules
+    by how they were measured) and `distances[i, j]` (in the order of those places).
     """
 
     tasks: Sequence[CalibrationSet]

@@ -26,9 +26,10 @@ from ..report.model_card import model_card
 from ..rules.compute import applied
 from ..sens_block import check_coefficients_apply
 from ..settings import as_written, without_filters
-from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
+from .calibrating import Calibration, calibration_set, kept_record, profiles_folder
 from .checking import check_output, check_tokenizers, tell_unmatched_filters
 from .companions import output_model_config, write_companions
+from .enough import calibrated
 from .models import RecipeModels, open_models
 from .weighing import coefficients_of, needs_calibration, preset_scale, sized
 
@@ -183,7 +184,7 @@ def _prepare(
     calibration, coefficients, record = None, None, None
     scale = 1.0 if recipe.lambda_ is None else recipe.lambda_
     if recipe.sens is not None and needs_calibration(recipe):
-        calibration = calibrate_models(recipe, models, folder, device, memory)
+        calibration = calibrated(recipe, models, folder, device, memory)
     if given is not None:
         _check_given(given, recipe, models)
         weights = [expert.weight for expert in recipe.models]

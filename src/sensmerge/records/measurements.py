@@ -91,6 +91,20 @@ class PairDistances(Record):
 
 
 @dataclass(frozen=True)
+class DrawnSamples(Record):
+    """How many samples a calibration with `until` took: `samples` of each task, of the `rows` that the largest one has.
+
+    `rounds` lists what was tried: a number of samples with half the width of the widest interval of K·σ (None: not known).
+    """
+
+    schema: int
+    samples: int
+    rows: int
+    rounds: list[tuple[int, float | None]]
+    inputs: str
+
+
+@dataclass(frozen=True)
 class Intervals:
     """95 % bootstrap intervals [low, high] of what stands under the same names in Coefficients, from `draws` draws of samples."""
 

@@ -29,6 +29,7 @@ class SensSettings:
     other: str = "block_mean"
     compute_dtype: str | None = None
     attn_implementation: str | None = None
+    until: float | None = None
 
 
 @dataclass(frozen=True)
