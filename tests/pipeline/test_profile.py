@@ -44,12 +44,10 @@ def with_profile(family: FamilyFiles, path: Path, at: int, file: Path, **sens: A
     return path
 
 
-def test_a_profile_replaces_the_data(sensmerge: Run, untrained: FamilyFiles, kept: Path, tmp_path: Path) -> None:
+def test_a_profile_replaces_the_data(untrained: FamilyFiles, kept: Path, tmp_path: Path) -> None:
     """The same coefficients to the last digit of the sums; distances are measured on the samples that it carries."""
     out = tmp_path / "x" / "b.json"
-    done = sensmerge("profile", untrained.experts[1], "--data", untrained.data[1], "-o", out, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["samples"] == 4
+    assert made(untrained, 1, out).samples == 4
     assert [path.name for path in out.parent.iterdir()] == ["b.json"], "nothing else is left"
     sens = {"temperature": 0.05}
     plain = weigh(
@@ -122,7 +120,7 @@ def test_finer_groups_serve_coarser_recipes(untrained: FamilyFiles, tmp_path: Pa
     assert weigh(recipe, profiles_dir=tmp_path / "k").layers == coarse.layers
 
 
-def test_task_vectors_need_the_base(sensmerge: Run, untrained: FamilyFiles, tmp_path: Path) -> None:
+def test_task_vectors_need_the_base(untrained: FamilyFiles, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         profile(
             str(untrained.experts[0]), SensSource(str(untrained.data[0])), tmp_path / "x.json",
