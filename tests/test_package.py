@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "calibrate", "coefficients", "merge", "evaluate", "list"):
+    for command in ("demo", "calibrate", "profile", "coefficients", "merge", "evaluate", "list"):
         assert command in done.stdout
 
 

@@ -153,14 +153,14 @@ def test_the_records_have_the_promised_keys(untrained: FamilyFiles, kept: Path, 
     folder = tmp_path / "out" / "sensmerge"
     assert json.loads((folder / "coefficients.json").read_text()).keys() == {
         "schema", "preset", "rule", "temperature", "total", "lambda", "models", "layers", "alpha", "tau", "sigma", "w",
-        "weights", "other", "spread", "warnings", "inputs",
+        "weights", "other", "spread", "warnings", "inputs", "intervals",
     }  # fmt: skip
     assert json.loads((folder / "alignment.json").read_text()).keys() == {
         "schema", "models", "distances", "per_sample", "inputs",
     }  # fmt: skip
     assert json.loads((folder / "profiles" / "expert-a.json").read_text()).keys() == {
         "schema", "model", "fingerprint", "samples", "tokens", "loss", "score", "layers", "sensitivity", "per_sample",
-        "tensors", "rows", "token_ids", "loss_mask", "inputs",
+        "tensors", "rows", "token_ids", "loss_mask", "inputs", "truncated", "dropped",
     }  # fmt: skip
     coefficients = Coefficients.load(folder / "coefficients.json")
     profile = SensitivityProfile.load(folder / "profiles" / "expert-b.json")

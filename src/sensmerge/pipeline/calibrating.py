@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,23 +11,35 @@ from typing import Any
 import numpy as np
 
 from .. import progress
-from ..calibration.samples import draw, encode_samples, read_samples
+from ..calibration.samples import draw, encode_samples
 from ..checkpoints.families import group_tensors
 from ..checkpoints.source import tokenizer_hashes
-from ..errors import CalibrationDataError, InputFileError
+from ..errors import CalibrationDataError, Faults, InputFileError
 from ..matching import check_same_tensors
 from ..records import Alignment, CalibrationSet, PairDistances, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
 from ..sens_block import settings_of
+from .data import CalibrationData
 from .measuring import SampleSums, Work, measure
 from .models import RecipeModels, find_file, source_of
+from .published import published_profile
 
 # torch and what needs it are imported where something is measured: with valid files nothing here costs more than reading them.
 
 # The keys of `sens:` that decide a profile, and those that decide the distances.
-_PROFILE_KEYS = ("samples", "max_length", "seed", "template", "loss", "score", "group", "compute_dtype")
+_PROFILE_KEYS = (
+    "samples",
+    "max_length",
+    "seed",
+    "template",
+    "loss",
+    "score",
+    "group",
+    "compute_dtype",
+    "attn_implementation",
+)
 _SAMPLE_KEYS = tuple(key for key in _PROFILE_KEYS if key not in ("samples", "seed", "group"))
-_ALIGNMENT_KEYS = ("distance", "positions", "compute_dtype")
+_ALIGNMENT_KEYS = ("distance", "positions", "compute_dtype", "attn_implementation")
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ def calibration_set(profile: SensitivityProfile) -> CalibrationSet:
             f"the profile of '{profile.model}' carries no samples",
             where=f"profile {profile.model}",
             why="distances and lambda are measured on every expert's samples",
-            fix="make the profile again with its samples, or use `rule: alpha_only`",
+            fix="make the profile again with its samples, or use `rule: alpha_only` with a number as lambda",
         )
     sound = all(
         len(ids) == len(mask) and mask[0] == 0 and any(mask)
@@ -69,10 +80,6 @@ def calibration_set(profile: SensitivityProfile) -> CalibrationSet:
     )
 
 
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _picked(settings: SensSettings, keys: Sequence[str]) -> dict[str, object]:
     return {key: getattr(settings, key) for key in keys}
 
@@ -81,7 +88,7 @@ def profile_inputs(
     recipe: Recipe,
     models: RecipeModels,
     index: int,
-    data: Path,
+    data: CalibrationData,
     fingerprint: str,
     keys: Sequence[str] = _PROFILE_KEYS,
 ) -> str:
@@ -94,10 +101,24 @@ def profile_inputs(
         fingerprint,
         base,
         tokenizer_hashes(folder),
-        _file_hash(data),
+        data.hash(index),
         dict(source_of(recipe, index).fields),
         _picked(settings, keys),
     )
+
+
+def inputs_of_samples(recipe: Recipe, models: RecipeModels, data: CalibrationData) -> str:
+    """The hash of all that decides what samples can be drawn and what is measured on each, but for how many are."""
+    parts: list[str] = []
+    for index, expert in enumerate(models.experts):
+        source = source_of(recipe, index)
+        if source.profile is None:
+            keys = (*_SAMPLE_KEYS, "seed")
+            parts.append(profile_inputs(recipe, models, index, data, expert.fingerprint(), keys))
+        else:
+            path = find_file(recipe, source.profile, recipe.models[index].line)
+            parts.append(SensitivityProfile.load(path).inputs)
+    return hash_of("until 1", parts)
 
 
 def _profile_of(
@@ -129,37 +150,9 @@ def _profile_of(
         loss_mask=[list(mask) for mask in samples.loss_mask],
         inputs=pending.inputs,
         paths=dict(found.paths),
+        truncated=samples.truncated,
+        dropped=samples.dropped,
     )
-
-
-def _published_profile(recipe: Recipe, models: RecipeModels, index: int, name: str) -> SensitivityProfile:
-    """A profile named in the recipe, refused unless it was made from this very model with these settings."""
-    path = find_file(recipe, name, recipe.models[index].line)
-    profile = SensitivityProfile.load(path)
-    settings, expert = settings_of(recipe), models.experts[index]
-    groups = list(group_tensors([*profile.tensors], settings.group).layers)
-    wrong = [
-        fault
-        for fault, bad in (
-            (f"it was made from another model than {expert.label}", profile.fingerprint != expert.fingerprint()),
-            (f"it has loss: {profile.loss}, the recipe {settings.loss}", profile.loss != settings.loss),
-            (f"it has score: {profile.score}, the recipe {settings.score}", profile.score != settings.score),
-            (f"its layers are not the groups of group: {settings.group}", profile.layers != groups),
-            (
-                f"its tensors bear other names than those of {models.donor.label}",
-                not profile.tensors.keys() <= expert.tensors.keys(),
-            ),
-        )
-        if bad
-    ]
-    if wrong:
-        raise InputFileError(
-            f"this profile does not belong to '{expert.label}' in this recipe",
-            where=str(path),
-            why="; ".join(wrong),
-            fix="use `sens: {data: FILE.jsonl}` to measure the model again",
-        )
-    return profile
 
 
 def kept_record(folder: Path, file: str, inputs: str, load: Callable[[Path], Any]) -> Any | None:
@@ -187,15 +180,13 @@ class _Pending:
 
 
 def _profile_or_samples(
-    recipe: Recipe, models: RecipeModels, index: int, folder: Path
+    recipe: Recipe, models: RecipeModels, data: CalibrationData, index: int, folder: Path
 ) -> SensitivityProfile | _Pending:
     """The expert's published or kept profile, else its encoded samples. Raises CalibrationDataError, InputFileError."""
     source, settings = source_of(recipe, index), settings_of(recipe)
     if source.profile is not None:
-        return _published_profile(recipe, models, index, source.profile)
-    assert source.data is not None
+        return published_profile(recipe, models, index, source.profile)
     expert, name = models.experts[index], models.names[index]
-    data = find_file(recipe, source.data, recipe.models[index].line)
     fingerprint = expert.fingerprint()
     inputs = profile_inputs(recipe, models, index, data, fingerprint)
     kept = kept_record(folder, f"profiles/{name}.json", inputs, SensitivityProfile.load)
@@ -204,22 +195,15 @@ def _profile_or_samples(
         return kept  # type: ignore[no-any-return]
     from ..calibration.models import load_tokenizer
 
-    drawn = draw(read_samples(data, source.fields), settings.samples, settings.seed)
-    samples = encode_samples(load_tokenizer(expert.tokenizer_path), drawn, settings, data)
+    rows = data.samples(index)
+    drawn = draw(rows, settings.samples, settings.seed)
+    samples = encode_samples(load_tokenizer(expert.tokenizer_path), drawn, settings, name, len(rows))
     if samples.truncated:
         cut = f"{samples.truncated} of {len(samples.rows)} samples were cut to {settings.max_length} tokens"
         progress.message(f"{name}: {cut}")
     # What one sample's sums come from: neither how many others there are, nor how tensors are grouped afterwards.
     each = profile_inputs(recipe, models, index, data, fingerprint, _SAMPLE_KEYS)
     return _Pending(index, samples, fingerprint, inputs, each)
-
-
-def _check_all_data(recipe: Recipe) -> None:
-    """Find every calibration file and read its rows before the first model is loaded: bad data costs no time."""
-    for index, expert in enumerate(recipe.models):
-        source = source_of(recipe, index)
-        if source.data is not None:
-            read_samples(find_file(recipe, source.data, expert.line), source.fields)
 
 
 def _check_vocabularies(models: RecipeModels, found: Sequence[SensitivityProfile | _Pending]) -> None:
@@ -240,10 +224,16 @@ def _check_vocabularies(models: RecipeModels, found: Sequence[SensitivityProfile
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The distance of one model from one expert: what it comes from, and its samples' numbers if they are known."""
+    """The distance of one model from one expert: what it comes from, its samples by their hashes, and the numbers known of them."""
 
     inputs: str
-    per_sample: list[float] | None
+    samples: Sequence[str]
+    known: Mapping[str, float]
+
+    @property
+    def unknown(self) -> list[int]:
+        """The places of the samples that must still be compared."""
+        return [place for place, key in enumerate(self.samples) if key not in self.known]
 
 
 def _pairs(
@@ -253,20 +243,19 @@ def _pairs(
     settings: SensSettings,
     folder: Path,
 ) -> dict[tuple[int, int], _Wanted]:
-    """Every pair (model, expert on its own task), with what was kept of it: adding an expert measures only what is new."""
+    """Every pair (model, expert on its own task), with what was kept of it: more experts or samples measure only what is new."""
+    keys = [[hash_of(ids, mask)[:32] for ids, mask in zip(t.token_ids, t.loss_mask, strict=True)] for t in tasks]
     wanted: dict[tuple[int, int], _Wanted] = {}
     for model in range(len(found)):
         for task in range(len(found)):
             if model != task:
                 inputs = hash_of(
-                    "distances 1",
+                    "distances 2",
                     [found[model].fingerprint, found[task].fingerprint],
-                    tasks[task].token_ids,
-                    tasks[task].loss_mask,
                     _picked(settings, _ALIGNMENT_KEYS),
                 )
                 kept = kept_record(folder, _pair_file(inputs), inputs, PairDistances.load)
-                wanted[model, task] = _Wanted(inputs, None if kept is None else kept.per_sample)
+                wanted[model, task] = _Wanted(inputs, keys[task], {} if kept is None else kept.samples)
     return wanted
 
 
@@ -279,19 +268,18 @@ def _alignment(models: RecipeModels, pairs: Mapping[tuple[int, int], _Wanted], w
     experts = len(models.names)
     per_sample = [[[0.0] * len(work.tasks[task].rows) for task in range(experts)] for _ in range(experts)]
     for (model, task), wanted in pairs.items():
-        if wanted.per_sample is None:
-            values = work.distances[model, task]
-            record = PairDistances(PairDistances.SCHEMA, models.names[model], models.names[task], values, wanted.inputs)
+        known = dict(wanted.known)
+        if wanted.unknown:
+            known |= zip((wanted.samples[at] for at in wanted.unknown), work.distances[model, task], strict=True)
+            record = PairDistances(PairDistances.SCHEMA, models.names[model], models.names[task], known, wanted.inputs)
             record.save(folder / _pair_file(wanted.inputs))
-        else:
-            values = wanted.per_sample
-        per_sample[model][task] = list(values)
+        per_sample[model][task] = [known[key] for key in wanted.samples]
     alignment = Alignment(
         schema=Alignment.SCHEMA,
         models=list(models.names),
         distances=[[float(np.mean(samples)) for samples in row] for row in per_sample],
         per_sample=per_sample,
-        inputs=hash_of("alignment 2", list(models.names), [wanted.inputs for _, wanted in sorted(pairs.items())]),
+        inputs=hash_of("alignment 3", list(models.names), [[w.inputs, w.samples] for _, w in sorted(pairs.items())]),
     )
     alignment.save(folder / "alignment.json")
     return alignment
@@ -305,7 +293,7 @@ def _samples_of(found: SensitivityProfile | _Pending, needed: bool) -> Calibrati
 
 
 def calibrate_models(
-    recipe: Recipe, models: RecipeModels, folder: Path, device: str, memory: str = "auto"
+    recipe: Recipe, models: RecipeModels, data: CalibrationData, folder: Path, device: str, memory: str = "auto"
 ) -> Calibration:
     """Profiles (eq. 1-3) and distances (eq. 4) of a recipe, from `folder` where they are still valid, else measured and kept.
 
@@ -315,8 +303,12 @@ def calibrate_models(
     """
     settings = settings_of(recipe)
     check_same_tensors(models.donor, [expert for expert in models.experts if expert is not models.donor])
-    _check_all_data(recipe)
-    found = [_profile_or_samples(recipe, models, index, folder) for index in range(len(models.experts))]
+    found: list[SensitivityProfile | _Pending] = []
+    faults = Faults()
+    for index in range(len(models.experts)):
+        with faults.gathered():
+            found.append(_profile_or_samples(recipe, models, data, index, folder))
+    faults.raise_all()
     _check_vocabularies(models, found)
     compared = RULES.get(settings.rule, where="sens.rule").needs_distances or all(
         isinstance(each, _Pending) or each.token_ids for each in found
@@ -328,7 +320,8 @@ def calibrate_models(
         for at, each in enumerate(found)
         if isinstance(each, _Pending)
     }
-    work = Work(tasks, sums, [pair for pair, wanted in pairs.items() if wanted.per_sample is None])
+    unmeasured = {at: each for at, each in sums.items() if any(row not in each.by_row for row in tasks[at].rows)}
+    work = Work(tasks, unmeasured, {pair: wanted.unknown for pair, wanted in pairs.items() if wanted.unknown})
     if work.sums or work.pairs:
         measure(models, settings, work, device=device, memory=memory, scratch=folder)
     profiles: list[SensitivityProfile] = []

@@ -82,18 +82,22 @@ class SampleSums:
 class Work:
     """What is to be measured: the samples of each task, whose sums are wanted by expert, and which pairs of models are compared.
 
-    `sums[i]` takes expert i's own sensitivities, absent where they are known; a pair (i, j) is the distance of model i from expert
-    j on task j's samples, found by sample in `distances[i, j]`.
+    `sums[i]` takes expert i's own sensitivities, absent where they are known; `pairs[i, j]` are the
+    places of task j's samples on which the distance of model i from expert j is wanted, found in that order in `distances[i, j]`.
     """
 
     tasks: Sequence[CalibrationSet]
     sums: Mapping[int, SampleSums]
-    pairs: Sequence[tuple[int, int]]
+    pairs: Mapping[tuple[int, int], Sequence[int]]
     distances: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
-    def tasks_of(self, model: int) -> set[int]:
-        """The tasks on whose samples a model's hidden states are needed."""
-        return {task for first, task in self.pairs if model in (first, task)}
+    def places_of(self, model: int) -> dict[int, set[int]]:
+        """The samples, by task, on which a model's hidden states are needed."""
+        wanted: dict[int, set[int]] = {}
+        for (first, task), places in self.pairs.items():
+            if model in (first, task) and places:
+                wanted.setdefault(task, set()).update(places)
+        return wanted
 
 
 def measure(
@@ -105,7 +109,7 @@ def measure(
     from ..calibration.models import choose_device
 
     chosen = choose_device(device)
-    needed = [at for at in range(len(models.experts)) if at in work.sums or work.tasks_of(at)]
+    needed = [at for at in range(len(models.experts)) if at in work.sums or work.places_of(at)]
     measured: dict[int, MeasuredModel] = {}
     scratch.mkdir(parents=True, exist_ok=True)
     with Activations(scratch) as hidden:
@@ -132,13 +136,15 @@ def _run(
     """One model: its own sums, and its hidden states on every task that needs them."""
     from ..calibration.alignment import compared_positions
 
-    tasks = work.tasks_of(at)
+    tasks = work.places_of(at)
     if tasks:
         model.check_head(work.tasks[at])
     heard: set[tuple[int, int]] = set()
 
     def keep_for(task: int) -> Callable[..., None]:
         def keep(place: int, hidden_TH: object) -> None:
+            if place not in tasks[task]:
+                return
             heard.add((task, place))
             positions = compared_positions(work.tasks[task].loss_mask[place], settings.positions)
             hidden.put((at, task, place), hidden_TH[positions])  # type: ignore[index]
@@ -162,7 +168,7 @@ def _run(
             keep=keep_for(at) if at in tasks else None,
         )
     for task in sorted(tasks):
-        left = [place for place in range(len(work.tasks[task].rows)) if (task, place) not in heard]
+        left = [place for place in sorted(tasks[task]) if (task, place) not in heard]
         if left:
             model.hidden(work.tasks[task], places=left, keep=keep_for(task), task=models.names[task])
 
@@ -180,15 +186,14 @@ def _compare(
     distance = DISTANCES.get(settings.distance, where="sens.distance")
     heads = {at: model.head() for at, model in measured.items()}
     with progress.task("distances between experts", len(work.pairs)) as advance:
-        for first, task in work.pairs:
+        for (first, task), places in work.pairs.items():
             found: list[float] = []
             ours: list[Any] = []
             theirs: list[Any] = []
-            samples = len(work.tasks[task].rows)
-            for place in range(samples):
+            for place in places:
                 ours.append(hidden.get((first, task, place)))
                 theirs.append(hidden.get((task, task, place)))
-                if sum(len(each) for each in ours) >= COMPARED_AT_ONCE or place == samples - 1:
+                if sum(len(each) for each in ours) >= COMPARED_AT_ONCE or place == places[-1]:
                     found += mean_distances(ours, heads[first], theirs, heads[task], distance)
                     ours, theirs = [], []
             work.distances[first, task] = found
