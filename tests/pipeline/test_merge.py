@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sensmerge as sm
-from sensmerge.errors import IncompatibleModelsError, InputFileError, NonFiniteError, OutputError, RecipeError
+from sensmerge.errors import (
+    IncompatibleModelsError,
+    InputFileError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    SeveralErrors,
+)
 from sensmerge.pipeline import dry_run
 from sensmerge.records import Alignment, Coefficients, Recipe, SensitivityProfile
 from tests.oracle.families import FamilyFiles, FamilySpec, build_family, write_recipe
@@ -372,8 +379,9 @@ def test_a_published_profile_replaces_data_and_must_fit(untrained: FamilyFiles, 
         content["models"][0]["sens"],
     )
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(InputFileError, match="another model"):
+    with pytest.raises(SeveralErrors, match="another model") as caught:
         sm.merge(sm.load_recipe(path), tmp_path / "swapped", profiles_dir=tmp_path / "other")
+    assert [type(error) for error in caught.value.errors] == [InputFileError] * 2, "both are told at once"
 
 
 def test_a_head_tied_by_default_and_stored_all_the_same(tmp_path: Path) -> None:

@@ -281,7 +281,8 @@ def _alignment(models: RecipeModels, pairs: Mapping[tuple[int, int], _Wanted], w
         per_sample=per_sample,
         inputs=hash_of("alignment 3", list(models.names), [[w.inputs, w.samples] for _, w in sorted(pairs.items())]),
     )
-    alignment.save(folder / "alignment.json")
+    if kept_record(folder, "alignment.json", alignment.inputs, Alignment.load) is None:
+        alignment.save(folder / "alignment.json")
     return alignment
 
 

@@ -52,7 +52,7 @@ def calibrated(
             rounds.append((count, half))
             told = "not known" if half is None else f"+/- {half:.4f}"
             progress.message(f"{count} samples of each task: the widest 95 % interval of K*sigma is {told}")
-        DrawnSamples(DrawnSamples.SCHEMA, count, most, rounds, inputs).save(folder / FILE)
+            DrawnSamples(DrawnSamples.SCHEMA, count, most, rounds, inputs).save(folder / FILE)
         enough = half is not None and half <= settings.until
         if enough or count >= most or (sweeping and kept is not None):
             break
