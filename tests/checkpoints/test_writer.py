@@ -44,7 +44,7 @@ def tensors() -> dict[str, Tensor]:
         "empty": torch.zeros(0, 4),
         "half": torch.randn(9, generator=random).to(torch.float16),
         "steps": torch.arange(3),
-        'é\u2028"name\\': torch.randn(1, generator=random),
+        'é"name\\': torch.randn(1, generator=random),
         "double": torch.randn(2, generator=random, dtype=torch.float64),
     }
 
