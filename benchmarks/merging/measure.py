@@ -96,9 +96,13 @@ def tiny_merge(recipe: Path, folder: Path) -> None:
     names = {data.get("base_model"), *(model["model"] for model in data["models"])} - {None}
     dtype = json.loads((recipe.parent / next(iter(names)) / "config.json").read_text())["torch_dtype"]
     random = np.random.default_rng(0)
+    base = {f"model.layers.{layer}.w": random.normal(size=(64, 48)) for layer in range(2)}
     for name in sorted(names):
         (folder / name).mkdir(parents=True)
-        tensors = {f"model.layers.{layer}.w": random.normal(size=(64, 48)).astype(np.float32) for layer in range(2)}
+        tensors = {
+            tensor: (values + 0.1 * random.normal(size=values.shape)).astype(np.float32)
+            for tensor, values in base.items()
+        }
         if dtype == "bfloat16":
             import torch
             from safetensors.torch import save_file as save_torch

@@ -59,7 +59,7 @@ def ask(hub: Hub, sensmerge: Run, tmp_path: Path) -> Ask:
     """Run `sensmerge merge` on a recipe of these models, in an empty folder and with a cache of its own."""
 
     def run(*experts: str, base: str = "org/base", options: tuple[str, ...] = ("--dry-run",), **env: str) -> Done:
-        text = f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n"
+        text = f"merge_method: task_arithmetic\nallow: [unrelated]\nbase_model: {base}\nmodels:\n"
         text += "".join(f"  - model: {expert}\n" for expert in experts)
         (tmp_path / "recipe.yml").write_text(text + "parameters: {lambda: 0.5}\n")
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}

@@ -276,7 +276,9 @@ def test_faults_of_all_shards_are_listed_at_once(tmp_path: Path) -> None:
 
 def test_a_merge_of_pickles_is_byte_for_byte_that_of_safetensors(sensmerge: Run, tmp_path: Path) -> None:
     """Refused without the flag; both of the ways out that the message names work when pasted."""
-    recipe = "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\nparameters: {density: 0.5}\n"
+    recipe = (
+        "merge_method: ties\nallow: [unrelated]\nbase_model: base\nmodels: [{model: a}]\nparameters: {density: 0.5}\n"
+    )
     for seed, name in enumerate(("base", "a")):
         plain = {key: value.clone() if seed else tensors()[key] for key, value in tensors(seed).items()}
         write_checkpoint(tmp_path / "safe" / name, {key: value.clone() for key, value in plain.items()})

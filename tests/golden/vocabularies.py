@@ -18,6 +18,7 @@ MODELS = {"base": ((), False), "a": (("<a>", "<both>"), False), "b": (("<both>",
 
 _WITH_BASE = """
 merge_method: task_arithmetic
+allow: [unrelated]
 base_model: base
 models: [{model: a, parameters: {weight: 0.75}}, {model: b, parameters: {weight: 0.5}}]
 dtype: float32

@@ -46,7 +46,9 @@ def write_gpt2_json(folder: Path) -> Tokenizer:
 
 def recipe(folder: Path, base: str, expert: str, policy: str = "") -> Path:
     path = folder / "recipe.yml"
-    path.write_text(f"merge_method: task_arithmetic\nbase_model: {base}\nmodels: [{{model: {expert}}}]\n{policy}\n")
+    path.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {base}\nmodels: [{{model: {expert}}}]\n{policy}\nallow: [unrelated]\n"
+    )
     return path
 
 

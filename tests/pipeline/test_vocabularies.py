@@ -58,7 +58,7 @@ def recipe(folder: Path, models: Sequence[str], policy: str = "", *, base: str |
     entries = "".join(f"  - {{model: {name}, parameters: {{weight: 0.5}}}}\n" for name in models)
     method = "linear" if base is None else f"task_arithmetic\nbase_model: {base}"
     path = folder / "recipe.yml"
-    path.write_text(f"merge_method: {method}\n{head}models:\n{entries}{policy}\n")
+    path.write_text(f"merge_method: {method}\n{head}models:\n{entries}{policy}\nallow: [unrelated]\n")
     return path
 
 

@@ -10,7 +10,9 @@ from .. import progress
 from ..checkpoints.configs import KEYS, differences, normal_config
 from ..checkpoints.conforming import is_untied
 from ..checkpoints.related import LIMIT, distances_from
+from ..checkpoints.source import Checkpoint
 from ..checkpoints.staging import has_entries, lock_file, work_folder
+from ..checkpoints.vocabulary.tensors import vocabulary_tensors
 from ..errors import Faults, IncompatibleModelsError, OutputError, RecipeError
 from ..matching import match_tensors
 from ..methods import METHODS
@@ -106,14 +108,28 @@ def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
         check_same_vocabulary(recipe, models.readers)
 
 
-def check_models(recipe: Recipe, models: RecipeModels) -> None:
-    """All that tensors, configs and distances from the base say of models that do not fit together, told at once."""
+def rows_alone_differ(models: RecipeModels) -> bool:
+    """Whether nothing but the number of vocabulary rows keeps the models' tensors from fitting together."""
+
+    def others(model: Checkpoint) -> dict[str, tuple[int, ...]]:
+        rows = set(vocabulary_tensors(model))
+        return {name: spec.shape for name, spec in model.tensors.items() if name not in rows}
+
+    return all(others(model) == others(models.donor) for model in models.all)
+
+
+def check_models(recipe: Recipe, models: RecipeModels, *, tensors: bool = True) -> None:
+    """All that tensors, configs and distances from the base say of models that do not fit together, told at once.
+
+    Without `tensors` their names and shapes are not compared: what differs there was told by another check.
+    """
     method = METHODS.get(recipe.merge_method, where=recipe.where())
     faults = Faults()
     with faults.gathered():
         check_allowed(recipe, models)
-    with faults.gathered():
-        match_tensors(recipe, method, models.readers, with_base=recipe.sens is not None)
+    if tensors:
+        with faults.gathered():
+            match_tensors(recipe, method, models.readers, with_base=recipe.sens is not None)
     with faults.gathered():
         check_configs(recipe, models)
     with faults.gathered():
