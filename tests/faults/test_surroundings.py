@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,26 @@ def test_a_model_that_lies_in_the_work_folder_is_not_thrown_away(tmp_path: Path)
         with pytest.raises(OutputError, match="would overwrite a model of the recipe"):
             case.merge(restart=restart)
     assert tree(inside) == before
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_system_that_gives_no_more_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int) -> None:
+    case = tiny(tmp_path, "ties", experts=2, more="parameters: {density: 0.5, scope: global}\n")
+    case.merge()
+    expected = tree(case.out)
+    case.clear(old=False)
+    start, left = threading.Thread.start, [given]
+
+    def scarce(thread: threading.Thread) -> None:
+        left[-1] -= 1
+        if left[-1] < 0:
+            left[-1] = given
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    sm.merge(sm.load_recipe(case.recipe), case.out, jobs=8, shard_bytes=case.shard_bytes)
+    assert tree(case.out) == expected
 
 
 def test_a_remark_in_the_recipe_is_the_same_merge(tmp_path: Path) -> None:
