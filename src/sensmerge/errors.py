@@ -7,6 +7,7 @@ fit together; 5 calibration data; 6 disk, RAM or GPU; 7 output busy or not empty
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
@@ -23,6 +24,15 @@ def escaped(text: str, *, lines: bool = False) -> str:
     Ends of lines and tabs stay unless `lines` asks to write them out too, as for a name, which must not end its line.
     """
     return text.translate(_ESCAPES if lines else _ESCAPES_BUT_LINES)
+
+
+# What a fix says that names a check of the recipe's `allow:`.
+_ALLOW = re.compile(r"`allow: \[([^\]]*)\]`")
+
+
+def allowed_by(error: SensmergeError) -> list[str]:
+    """The names that the fix of an error offers to write into the recipe's `allow:`."""
+    return [name.strip() for names in _ALLOW.findall(error.fix) for name in names.split(",")]
 
 
 class SensmergeError(Exception):
@@ -89,14 +99,22 @@ class EvaluationError(SensmergeError):
 
 
 class SeveralErrors(SensmergeError):
-    """More than one failure, all told at once; the exit code is that of the first."""
+    """More than one failure, all told at once; the exit code is that of the first.
+
+    A recipe has one `allow:`, so where several fixes ask for it, each tells the line with all names.
+    """
 
     def __init__(self, errors: Sequence[SensmergeError]) -> None:
         self.errors = tuple(errors)
         first = self.errors[0]
         self.exit_code = first.exit_code  # type: ignore[misc]  # a failure of several kinds has the code of its first
         super().__init__(first.what, where=first.where, why=first.why, fix=first.fix)
-        told = (f"{number}. {error}" for number, error in enumerate(self.errors, 1))
+        line = f"`allow: [{', '.join(sorted({name for error in self.errors for name in allowed_by(error)}))}]`"
+        together = [
+            SensmergeError(each.what, where=each.where, why=each.why, fix=_ALLOW.sub(lambda _: line, each.fix))
+            for each in self.errors
+        ]
+        told = (f"{number}. {error}" for number, error in enumerate(together, 1))
         self.args = ("\n".join([f"{len(self.errors)} faults were found", *told]),)
 
 

@@ -100,14 +100,27 @@ class Layout:
         return found
 
 
-def _refuse(faults: Sequence[str], models: Sequence[Checkpoint]) -> None:
-    """Raise IncompatibleModelsError if there are faults, all of them counted and the first of them told."""
+@dataclass(frozen=True)
+class _Fault:
+    """One way in which a model does not fit, told in words, and how many tensors it is about."""
+
+    model: str
+    text: str
+    tensors: int = 1
+
+
+def _refuse(faults: Sequence[_Fault], models: Sequence[Checkpoint]) -> None:
+    """Raise IncompatibleModelsError if there are faults: all are counted, and of each model the first are told."""
     if faults:
-        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        told: list[str] = []
+        for model in dict.fromkeys(fault.model for fault in faults):
+            texts = [fault.text for fault in faults if fault.model == model]
+            more = [f"and {len(texts) - SHOWN_FAULTS} more of {model}"] if len(texts) > SHOWN_FAULTS else []
+            told += [*texts[:SHOWN_FAULTS], *more]
         raise IncompatibleModelsError(
-            f"these models do not fit together: {len(faults)} tensor(s) differ",
+            f"these models do not fit together: {sum(fault.tensors for fault in faults)} tensor(s) differ",
             where=", ".join(model.label for model in models),
-            why="; ".join(faults[:SHOWN_FAULTS]) + more,
+            why="; ".join(told),
             fix="merge models of one architecture, fine-tuned from one base without new tokens, in float32, float16 or bfloat16",
         )
 
@@ -122,34 +135,55 @@ def _difference(name: str, ours: TensorSpec, label: str, other_name: str, theirs
     return None
 
 
-def _compared(reference: Checkpoint, other: Checkpoint, names: Sequence[str], theirs: Sequence[str]) -> list[str]:
+def _compared(reference: Checkpoint, other: Checkpoint, names: Sequence[str], theirs: Sequence[str]) -> list[_Fault]:
     """Every difference between tensors of two models that stand side by side: names[i] of one, theirs[i] of the other."""
     faults = []
     for name, other_name in zip(names, theirs, strict=True):
         ours, found = reference.tensors.get(name), other.tensors.get(other_name)
         if found is None:
-            faults.append(f"'{other_name}' is missing in {other.label}")
+            faults.append(_Fault(other.label, f"'{other_name}' is missing in {other.label}"))
         elif ours is None:
-            faults.append(f"'{other_name}' of {other.label} is not in {reference.label}")
+            faults.append(_Fault(other.label, f"'{other_name}' of {other.label} is not in {reference.label}"))
         elif fault := _difference(name, ours, reference.label, other_name, found, other.label):
-            faults.append(fault)
+            faults.append(_Fault(other.label, fault))
     return faults
 
 
-def _unknown_floats(model: Checkpoint) -> list[str]:
+def _unknown_floats(model: Checkpoint) -> list[_Fault]:
     return [
-        f"'{spec.name}' of {model.label} has dtype {spec.dtype}"
+        _Fault(model.label, f"'{spec.name}' of {model.label} has dtype {spec.dtype}")
         for spec in model.tensors.values()
         if spec.dtype.startswith("F") and spec.dtype not in FLOATS
     ]
 
 
+def _whole_blocks(reference: Checkpoint, other: Checkpoint) -> tuple[list[_Fault], set[str]]:
+    """Blocks that one of two models lacks as a whole, if their blocks bear the same names otherwise; and the tensors in them."""
+    ours, theirs = Layout(reference), Layout(other)
+    faults: list[_Fault] = []
+    inside: set[str] = set()
+    if ours.stack.prefix != theirs.stack.prefix:
+        return faults, inside
+    for here, there, text in ((ours, theirs, "is missing in"), (theirs, ours, "is not in")):
+        for block, number in enumerate(here.stack.numbers):
+            if number in there.stack.numbers:
+                continue
+            names = {here.name(block, inner) for inner in here.inner(block)}
+            of = "" if here is ours else f" of {other.label}"
+            lacking = other.label if here is ours else reference.label
+            told = f"block '{here.stack.join(number, '')}'{of} ({len(names)} tensors) {text} {lacking}"
+            faults.append(_Fault(other.label, told, len(names)))
+            inside |= names
+    return faults, inside
+
+
 def check_same_tensors(reference: Checkpoint, others: Sequence[Checkpoint]) -> None:
     """Every model has the tensors of `reference`, in the same shapes; raises IncompatibleModelsError naming every difference."""
-    faults: list[str] = []
+    faults: list[_Fault] = []
     for other in others:
-        names = sorted(reference.tensors.keys() | other.tensors.keys(), key=natural_key)
-        faults += _compared(reference, other, names, names)
+        blocks, inside = _whole_blocks(reference, other)
+        names = sorted((reference.tensors.keys() | other.tensors.keys()) - inside, key=natural_key)
+        faults += [*blocks, *_compared(reference, other, names, names)]
     _refuse(faults + _unknown_floats(reference), [reference, *others])
 
 
@@ -226,7 +260,7 @@ def _check_ranges(recipe: Recipe, parts: Sequence[Part], layouts: Mapping[str, L
 
 def _check_slices(donor: Layout, parts: Sequence[Part], layouts: Mapping[str, Layout]) -> None:
     """All inputs of a slice have the same tensors, and the stacked blocks look like blocks of the config's model."""
-    faults: list[str] = []
+    faults: list[_Fault] = []
     for layout in layouts.values():
         if layout is not donor:
             names = sorted(donor.outside | layout.outside, key=natural_key)
@@ -248,10 +282,9 @@ def _check_slices(donor: Layout, parts: Sequence[Part], layouts: Mapping[str, La
             for each in sorted(ours.inner(reference.first + block), key=natural_key):
                 name = ours.name(reference.first + block, each)
                 if ours.reader.tensors[name].shape not in donor.shapes.get(each, ()):
-                    faults.append(
-                        f"'{name}' of {ours.reader.label}, {list(ours.reader.tensors[name].shape)}, is like no tensor of"
-                        f" {donor.reader.label}, whose config.json the output has"
-                    )
+                    shape = list(ours.reader.tensors[name].shape)
+                    told = f"'{name}' of {ours.reader.label}, {shape}, is like no tensor of {donor.reader.label}"
+                    faults.append(_Fault(ours.reader.label, f"{told}, whose config.json the output has"))
     _refuse(list(dict.fromkeys(faults)), [layout.reader for layout in layouts.values()])
 
 

@@ -28,8 +28,8 @@ _listener: ContextVar[Listener | None] = ContextVar("sensmerge_progress_listener
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Everything inside the `with` block reports to `listener`."""
+def listening(listener: Listener | None) -> Iterator[None]:
+    """Everything inside the `with` block reports to `listener`, to nobody if it is None."""
     token = _listener.set(listener)
     try:
         yield

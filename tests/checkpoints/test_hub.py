@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from sensmerge.checkpoints.hub import hub_name, weight_files
-from tests.builders import byte_tokenizer, write_checkpoint
+from tests.adapters import edit_config, merged_by_peft, save_adapter, save_base
+from tests.builders import byte_tokenizer, tiny_llama, write_checkpoint
 from tests.checkpoints.hub_stand_in import Hub, running_hub
 from tests.conftest import Run
 
@@ -287,3 +288,24 @@ def test_names_that_are_none(name: str) -> None:
 )
 def test_which_weights_are_fetched(names: list[str], pickles: bool, chosen: list[str]) -> None:
     assert weight_files(names, pickles) == chosen
+
+
+def test_adapters_of_the_hub(hub: Hub, ask: Ask, tmp_path: Path) -> None:
+    """`base+adapter` and a bare adapter's id, whose base is the hub's too: read from the cache's links, online and then offline."""
+    base = save_base(tiny_llama(0), tmp_path / "published")
+    adapter = edit_config(save_adapter(base, tmp_path / "lora"), base_model_name_or_path="org/llama")
+    commit = hub.add("org/llama", base)
+    hub.add("org/lora", adapter)
+    expected = merged_by_peft(base, adapter)
+    for name, online in (("org/llama+org/lora", "0"), ("org/lora", "0"), ("org/lora", "1")):
+        done = ask(name, base="org/llama", options=("--overwrite",), HF_HUB_OFFLINE=online)
+        assert done.returncode == 0, done.stderr
+        merged = load_file(tmp_path / "out" / "model.safetensors")
+        for key, value in load_file(base / "model.safetensors").items():
+            torch.testing.assert_close(merged[key], value + 0.5 * (expected[key] - value), rtol=0, atol=1e-6)
+        commits = json.loads((tmp_path / "out" / "sensmerge" / "merge.json").read_text())["commits"]
+        assert commits["org/llama"] == commit
+    [link] = (tmp_path / "home").rglob("snapshots/*/adapter_model.safetensors")
+    assert link.is_symlink()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model:\n- org/llama\n- org/lora\n" in card

@@ -76,8 +76,10 @@ def refused(content: object, folder: Path, save: Callable[..., object] = torch.s
 LIMITS = (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS)
 
 
-def test_every_number_is_that_of_safetensors(tmp_path: Path) -> None:
+def test_every_number_is_that_of_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From shards, in any folder: names, dtypes, shapes, bytes, and so the fingerprint. This process keeps its own limits."""
+    # torch sets this where it was imported before; a user's process has not.
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     limits = [resource.getrlimit(kind) for kind in LIMITS]
     plain = {name: value.clone() for name, value in tensors().items()}
     with (

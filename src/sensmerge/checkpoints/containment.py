@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputFileError
@@ -24,22 +25,31 @@ LARGEST = {
 _SNAPSHOT = re.compile(r"(models--[^/]+)/snapshots/[^/]+")
 
 
-def check_files(folder: Path, label: str, allow: frozenset[str] = frozenset()) -> None:
-    """Config, tokenizer and index files of a model folder can be read safely; every fault is listed. Raises InputFileError."""
-    faults = [f"'{name}' {fault}" for name in LARGEST if (fault := fault_of(folder, name, allow)) is not None]
+def check_files(folder: Path, label: str, allow: frozenset[str] = frozenset(), weights: Sequence[str] = ()) -> None:
+    """Config, tokenizer and index files of a folder, and its `weights`, can be read safely; every fault is listed.
+
+    Raises InputFileError.
+    """
+    faults = [
+        f"'{name}' {fault}" for name in (*LARGEST, *weights) if (fault := fault_of(folder, name, allow)) is not None
+    ]
     if faults:
-        raise _refused(label, folder, faults)
+        raise InputFileError(
+            f"'{label}' has files that are not read",
+            where=str(folder),
+            why="; ".join(faults),
+            fix=remedy_of(faults, allow),
+        )
 
 
-def _refused(label: str, folder: Path, faults: list[str]) -> InputFileError:
-    linked = any("link out of" in fault for fault in faults)
-    return InputFileError(
-        f"'{label}' has files that are not read",
-        where=str(folder),
-        why="; ".join(faults),
-        fix="replace each link by a copy of its file, or, if you made the links yourself, add `allow: [symlinks]` to the recipe"
-        if linked
-        else "download the model again",
+def remedy_of(faults: Sequence[str], allow: frozenset[str]) -> str:
+    """What to do about faults that `fault_of` told; `allow` are the checks that are switched off already."""
+    if not any("link out of" in fault for fault in faults):
+        return "download the model again"
+    names = ", ".join(sorted({"symlinks"} | allow))
+    return (
+        "replace each link by a copy of its file, or, if you made the links yourself,"
+        f" add `allow: [{names}]` to the recipe"
     )
 
 

@@ -182,8 +182,8 @@ class _Download:
     def _one(self, file: str, advance: Callable[[int], None]) -> Path:
         from huggingface_hub import hf_hub_download
 
-        # config.json is asked for by the branch's own name, so that the cache knows the branch when there is no network.
-        revision = self.name.branch if file == "config.json" else self.commit
+        # Configs are asked for by the branch's own name, so that the cache knows the branch when there is no network.
+        revision = self.name.branch if file in ("config.json", "adapter_config.json") else self.commit
         return Path(hf_hub_download(self.name.repo, file, revision=revision, tqdm_class=_bar(advance)))
 
     def _folder(self, paths: Sequence[Path], names: Sequence[str]) -> Path:

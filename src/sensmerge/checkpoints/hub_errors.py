@@ -103,7 +103,7 @@ def _unreachable(asked: Asked, error: Exception, cached: str | None) -> InputFil
             f"there is no model folder '{asked.name}', and {named[0]} forbids to ask the hub for it",
             where=asked.where,
             why=f"tried {asked.tried}; {state}",
-            fix=f"if it is a hub id: `unset {' '.join(named)}` and run the command again; else correct the path in {asked.where}",
+            fix=f"if it is a hub id: `unset {' '.join(named)}` and run the command again; else correct the path",
         )
     return InputFileError(
         f"there is no model folder '{asked.name}', and the hub cannot be reached",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import progress
 from ..errors import InputFileError
+from ..registry import suggestion
 from .hub import fetch, hub_name
 
 
@@ -31,18 +32,34 @@ def locate(
     found = next((path for path in tried if _is_folder(path)), None)
     if found is not None:
         return Located(found.resolve())
-    places = ", ".join(dict.fromkeys(str(path) for path in tried))
+    near = _near(name, tried)
+    places = ", ".join(dict.fromkeys(str(path) for path in tried)) + (f" (is there: '{near}')" if near else "")
     on_hub = hub_name(name)
     if on_hub is None:
         raise InputFileError(
             f"there is no model folder '{name}'",
             where=where,
             why=f"tried {places}",
-            fix="write the path of a folder with config.json and model.safetensors, or a hub id: org/name or org/name@revision",
+            fix=f"did you mean '{near}'?"
+            if near
+            else "write the path of a folder with config.json and model.safetensors, or a hub id: org/name or org/name@revision",
         )
     path = fetch(on_hub, where=where, tried=places, weights=weights, allow_pickle=allow_pickle)
     progress.message(f"'{name}' is the hub's, commit {path.name}, in {path}")
     return Located(path, path.name)
+
+
+def _near(name: str, tried: Sequence[Path]) -> str | None:
+    """The folder beside those that were tried whose name is most like theirs, written as `name` is."""
+    for path in tried:
+        try:
+            known = {each.name.lower(): each.name for each in path.parent.iterdir() if each.is_dir()}
+        except OSError:
+            continue
+        close = suggestion(path.name, known)
+        if close is not None:
+            return f"{name.rpartition('/')[0]}/{known[close]}".lstrip("/" if "/" not in name else "")
+    return None
 
 
 def _at_home(name: str) -> Path:

@@ -75,7 +75,8 @@ def _place(tensor: Any) -> list[Any]:
 def main() -> None:
     """One line for each file named on the command line, as soon as it is known."""
     warnings.simplefilter("ignore")
-    import_module("torch._subclasses.fake_tensor")
+    # The first of its kind imports a large part of torch, which looks for a place to write to: not under the limits.
+    import_module("torch._subclasses.fake_tensor").FakeTensorMode()
     limit()
     for file in sys.argv[1:]:
         print(json.dumps(listed(file)), flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputFileError, escaped
-from .containment import fault_of
+from .containment import fault_of, remedy_of
 from .header import StoredTensor, read_header
 from .pickled import read_pickles
 
@@ -86,7 +86,7 @@ def _headers(files: Sequence[Path]) -> dict[Path, list[StoredTensor] | InputFile
 def _single(file: Path, label: str, allow: frozenset[str], read: Reader) -> list[StoredTensor]:
     fault = fault_of(file.parent, file.name, allow)
     if fault is not None:
-        raise _faulty(label, file, [f"'{file.name}' {fault}"])
+        raise _faulty(label, file, [f"'{file.name}' {fault}"], allow)
     tensors = read([file])[file]
     if isinstance(tensors, InputFileError):
         raise tensors
@@ -125,7 +125,7 @@ class _Shards:
         orphans = sorted(found.keys() - weight_map.keys())
         self.faults += [f"{_shown(name)} is in a shard but not in the index" for name in orphans]
         if self.faults:
-            raise _faulty(self.label, index, self.faults)
+            raise _faulty(self.label, index, self.faults, self.allow)
         return list(found.values())
 
     def _is_sound(self, name: str) -> bool:
@@ -146,16 +146,13 @@ def _shown(name: str) -> str:
     return f"'{escaped(name[:200], lines=True)}{'…' if len(name) > 200 else ''}'"
 
 
-def _faulty(label: str, where: Path, faults: Sequence[str]) -> InputFileError:
+def _faulty(label: str, where: Path, faults: Sequence[str], allow: frozenset[str]) -> InputFileError:
     more = [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
-    linked = any("link out of" in fault for fault in faults)
     return InputFileError(
         f"'{label}' has {len(faults)} fault(s) in its weight files",
         where=str(where),
         why="; ".join([*faults[:SHOWN_FAULTS], *more]),
-        fix="replace each link by a copy of its file, or, if you made the links yourself, add `allow: [symlinks]` to the recipe"
-        if linked
-        else "download the model again",
+        fix=remedy_of(faults, allow),
     )
 
 

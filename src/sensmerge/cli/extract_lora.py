@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import AsJson, Device
+from .arguments import AllowPickle, AsJson, Device
 from .terminal import print_table
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def extract_lora(
         float | None, typer.Option(metavar="SHARE", help="The least rank that keeps this share, e.g. 0.95.")
     ] = None,
     device: Device = "auto",
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Write what a model changed in its base as a PEFT LoRA adapter."""
@@ -52,7 +53,7 @@ def extract_lora(
 
     from ..pipeline.extracting import extract_lora as extract
 
-    result = extract(model, base, out, rank=rank, energy=energy, device=device)
+    result = extract(model, base, out, rank=rank, energy=energy, device=device, allow_pickle=allow_pickle)
     if as_json:
         print(json.dumps(asdict(result), indent=2, default=str))
         return

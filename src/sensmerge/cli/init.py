@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe for these models, and say what it would do."""
+    from .. import progress
     from ..pipeline import outlook
     from ..pipeline.drafting import allow, draft
 
@@ -42,15 +44,18 @@ def init(
     while True:
         try:
             # What is left to fill in cannot be planned: this is the merge without it.
-            found = outlook(replace(written.recipe, sens=None), allow_pickle=allow_pickle)
+            with progress.listening(None):
+                outlook(replace(written.recipe, sens=None), allow_pickle=allow_pickle, timed=False)
             break
         except SensmergeError as error:
             again = allow(written, error)
             if again is None:
                 raise
             written = again
-    next_command = f"sensmerge {'plan' if written.to_fill_in else 'merge'} {written.path}"
-    next_command += "" if written.to_fill_in else " OUT"
+    # Once more for all to hear: each note is told once.
+    found = outlook(replace(written.recipe, sens=None), allow_pickle=allow_pickle)
+    next_command = f"sensmerge {'plan' if written.to_fill_in else 'merge'} {shlex.quote(str(written.path))}"
+    next_command += ("" if written.to_fill_in else " OUT") + (" --allow-pickle" if allow_pickle else "")
     if as_json:
         print_json(
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from .. import progress
@@ -12,7 +13,7 @@ from ..checkpoints.conforming import is_untied
 from ..checkpoints.related import LIMIT, distances_from
 from ..checkpoints.source import Checkpoint
 from ..checkpoints.staging import has_entries, lock_file, work_folder
-from ..checkpoints.vocabulary.tensors import vocabulary_tensors
+from ..checkpoints.vocabulary.tensors import vocabulary_rows, vocabulary_tensors
 from ..errors import Faults, IncompatibleModelsError, OutputError, RecipeError
 from ..matching import match_tensors
 from ..methods import METHODS
@@ -109,13 +110,14 @@ def check_tokenizers(recipe: Recipe, models: RecipeModels) -> None:
 
 
 def rows_alone_differ(models: RecipeModels) -> bool:
-    """Whether nothing but the number of vocabulary rows keeps the models' tensors from fitting together."""
+    """Whether the models have unlike numbers of vocabulary rows, and tensors that fit together but for these."""
 
     def others(model: Checkpoint) -> dict[str, tuple[int, ...]]:
         rows = set(vocabulary_tensors(model))
         return {name: spec.shape for name, spec in model.tensors.items() if name not in rows}
 
-    return all(others(model) == others(models.donor) for model in models.all)
+    sizes = {vocabulary_rows(model) for model in models.all}
+    return len(sizes) > 1 and all(others(model) == others(models.donor) for model in models.all)
 
 
 def check_models(recipe: Recipe, models: RecipeModels, *, tensors: bool = True) -> None:
@@ -127,11 +129,14 @@ def check_models(recipe: Recipe, models: RecipeModels, *, tensors: bool = True) 
     faults = Faults()
     with faults.gathered():
         check_allowed(recipe, models)
+    # A misspelt name must not come back in the lines that the other checks ask for.
+    recipe = replace(recipe, allow=recipe.allow & _known_checks(models))
+    before = len(faults.found)
     if tensors:
         with faults.gathered():
             match_tensors(recipe, method, models.readers, with_base=recipe.sens is not None)
     with faults.gathered():
-        check_configs(recipe, models)
+        check_configs(recipe, models, tensors_fit=len(faults.found) == before)
     with faults.gathered():
         check_related(recipe, models)
     with faults.gathered():
@@ -152,8 +157,7 @@ def _check_tuned_head(recipe: Recipe, models: RecipeModels) -> None:
 
 def check_allowed(recipe: Recipe, models: RecipeModels) -> None:
     """Every name in `allow:` is a check or a key of some model's config.json; raises RecipeError naming those that are not."""
-    keys = {key.rpartition(".")[2] for model in models.all for key in (*normal_config(model.config), *model.config)}
-    known = {*CHECKS, *keys, *(key for key in KEYS["mathematics"] if "*" not in key)}
+    known = _known_checks(models)
     unknown = sorted(recipe.allow - known)
     if unknown:
         near = [suggestion(name, known) for name in unknown]
@@ -170,12 +174,21 @@ def check_allowed(recipe: Recipe, models: RecipeModels) -> None:
         )
 
 
-def check_configs(recipe: Recipe, models: RecipeModels) -> None:
+def _known_checks(models: RecipeModels) -> set[str]:
+    """Every name that `allow:` may have for these models."""
+    keys = {key.rpartition(".")[2] for model in models.all for key in (*normal_config(model.config), *model.config)}
+    return {*CHECKS, *keys, *(key for key in KEYS["mathematics"] if "*" not in key)}
+
+
+def check_configs(recipe: Recipe, models: RecipeModels, *, tensors_fit: bool = True) -> None:
     """The configs agree on what changes the mathematics, but for keys in `allow:`; other differences are told in one note.
 
-    Raises IncompatibleModelsError naming every key with the value that each model has.
+    Raises IncompatibleModelsError naming every key with the value that each model has. Unless `tensors_fit`, which no `allow:`
+    mends, it offers none.
     """
     found = differences(models.all, stacked=bool(recipe.slices), allowed=recipe.allow)
+    # These follow the model that the tokens come from.
+    found = [each for each in found if each.key not in models.tokenizer.config_ids]
     wrong = [each for each in found if each.matters and each.name not in recipe.allow]
     others = [each for each in found if each not in wrong]
     if others:
@@ -189,7 +202,12 @@ def check_configs(recipe: Recipe, models: RecipeModels) -> None:
             f"the models' config.json differ in {len(wrong)} key(s) that change what a model computes",
             where=", ".join(model.label for model in models.all),
             why=" | ".join(each.told() for each in wrong),
-            fix=f"merge models that agree; or, to take all from {models.donor.label}, add `allow: [{names}]` to the recipe",
+            fix="merge models that agree"
+            + (
+                f"; or, to take all from {models.donor.label}, add `allow: [{names}]` to the recipe"
+                if tensors_fit
+                else ""
+            ),
         )
 
 

@@ -11,10 +11,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import progress
 from ..checkpoints.formats import DTYPES
 from ..checkpoints.opening import Opening
 from ..checkpoints.source import Checkpoint
-from ..errors import Faults, IncompatibleModelsError, OutputError, RecipeError, SensmergeError, SeveralErrors
+from ..errors import (
+    Faults,
+    IncompatibleModelsError,
+    OutputError,
+    RecipeError,
+    SensmergeError,
+    SeveralErrors,
+    allowed_by,
+)
 from ..methods import METHODS, Method
 from ..methods.option import INT8_MASK, Option
 from ..recipe import load_recipe
@@ -23,8 +32,6 @@ from .checking import check_tokenizers
 from .models import open_models
 
 _HOLE = "data: FILL-IN"
-# What a fix says that names a check of the recipe's `allow:`.
-_ALLOW = re.compile(r"`allow: \[([^\]]+)\]`")
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,22 @@ def allow(written: Draft, error: SensmergeError) -> Draft | None:
     """The draft again with every check of `allow:` that `error` offers, the reason beside it; None where it offers none."""
     found: dict[str, str] = {}
     for each in error.errors if isinstance(error, SeveralErrors) else [error]:
-        for names in _ALLOW.findall(each.fix):
-            found |= {name.strip(): f"{each.what}: {each.why}" for name in names.split(",")}
+        found |= dict.fromkeys(allowed_by(each), f"{each.what}: {each.why}")
     new = {name: why for name, why in found.items() if name not in written.recipe.allow}
-    if not new or written.recipe.allow:
+    if not new:
         return None
-    lines = ["", "# These checks refuse the models; each is switched off here. Read why before you keep the line."]
-    lines += [f"#   {name}: {_one_line(why)}" for name, why in new.items()]
-    text = written.recipe.text.rstrip("\n") + "\n".join(["", *lines, f"allow: [{', '.join(new)}]", ""])
+    before = written.recipe.text.rstrip("\n").split("\n")
+    if written.recipe.allow:
+        # The line that this function wrote comes last.
+        before.pop()
+    else:
+        before += [
+            "",
+            "# These checks refuse the models; each is switched off here. Read why before you keep the line.",
+        ]
+    reasons = [f"#   {name}: {_one_line(why)}" for name, why in new.items()]
+    names = sorted({*written.recipe.allow, *new})
+    text = "\n".join([*before, *reasons, f"allow: [{', '.join(names)}]", ""])
     written.path.write_text(text, encoding="utf-8")
     return Draft(written.path, load_recipe(written.path), written.to_fill_in)
 
@@ -116,7 +131,8 @@ def _one_line(text: str) -> str:
 
 def _look(base: str, models: Sequence[str], path: Path, allow_pickle: bool) -> _Facts:
     """Open the models as the command line names them; raises all their faults at once."""
-    opening = Opening([Path.cwd()], allow_pickle=allow_pickle)
+    # An adapter of another base is told later, with the line that allows it.
+    opening = Opening([Path.cwd()], frozenset({"adapter_base"}), allow_pickle)
     folder = path.resolve().parent
     names = [f"{base}+{model}" if _is_adapter(model) else model for model in models]
     opened: list[Checkpoint] = []
@@ -170,7 +186,8 @@ def _unlike_rows(opened: Sequence[Checkpoint]) -> str | None:
 
 def _unlike_tokens(recipe: Recipe, allow_pickle: bool) -> str | None:
     """Why models with unlike vocabularies need a policy; None where they are alike."""
-    with open_models(recipe, allow_pickle=allow_pickle) as models:
+    # What is noticed on opening is told when the recipe is planned.
+    with progress.listening(None), open_models(recipe, allow_pickle=allow_pickle) as models:
         try:
             check_tokenizers(recipe, models)
         except IncompatibleModelsError as error:

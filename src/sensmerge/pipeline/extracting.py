@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from ..checkpoints.formats import FLOATS, is_finite, to_float32
 from ..checkpoints.lora.adapted import adapted_model
 from ..checkpoints.opening import Opening
 from ..checkpoints.source import Checkpoint
-from ..errors import IncompatibleModelsError, NonFiniteError, OutputError, RecipeError
+from ..errors import Faults, IncompatibleModelsError, NonFiniteError, OutputError, RecipeError
 from ..matching import check_same_tensors
 from ..records import TensorSpec
 from .adapter_files import Factors, Floats, Saved, write_adapter
@@ -54,6 +55,7 @@ def extract_lora(
     rank: int | None = None,
     energy: float | None = None,
     device: str = "auto",
+    allow_pickle: bool = False,
 ) -> Extraction:
     """Write a PEFT adapter that makes `base` into (nearly) `model`: a singular value decomposition of each matrix of a block.
 
@@ -64,17 +66,18 @@ def extract_lora(
     """
     out = Path(out)
     _check_choice(rank, energy)
-    opening = Opening([Path.cwd()])
-    ours = opening.open(model, where="MODEL")
-    try:
-        theirs = opening.open(base, where="BASE")
-        try:
-            _check_out(out, [ours, theirs])
-            return _extract(ours, theirs, out, rank, energy, device)
-        finally:
-            theirs.close()
-    finally:
-        ours.close()
+    opening = Opening([Path.cwd()], allow_pickle=allow_pickle)
+    opened: list[Checkpoint] = []
+    faults = Faults()
+    with ExitStack() as stack:
+        for name, place in ((model, "MODEL"), (base, "BASE")):
+            with faults.gathered():
+                opened.append(opening.open(name, where=place))
+                stack.callback(opened[-1].close)
+        faults.raise_all()
+        ours, theirs = opened
+        _check_out(out, opened)
+        return _extract(ours, theirs, out, rank, energy, device)
 
 
 def _check_choice(rank: int | None, energy: float | None) -> None:

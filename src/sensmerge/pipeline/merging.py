@@ -174,7 +174,9 @@ def _describe(
 ) -> None:
     """The model card, the recipe, and everything under sensmerge/, in `staging`, which becomes `out`."""
     recipe, coefficients = prepared.recipe, prepared.coefficients
-    (staging / "README.md").write_text(model_card(recipe, coefficients, prepared.plan.scale), encoding="utf-8")
+    parents = [name.partition("@")[0] for name in models.commits]
+    card = model_card(recipe, coefficients, prepared.plan.scale, parents)
+    (staging / "README.md").write_text(card, encoding="utf-8")
     (staging / "sensmerge.yml").write_text(recipe.text, encoding="utf-8")
     records = staging / "sensmerge"
     if coefficients is not None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
+from .. import progress
 from ..checkpoints.conforming import conformed
 from ..checkpoints.opening import Opening
 from ..checkpoints.source import Checkpoint
 from ..errors import CalibrationDataError, Faults, RecipeError
 from ..matching import donor_of
 from ..methods import METHODS
-from ..records import Recipe, SensSource
+from ..records import Recipe, SensSource, TokenizerPolicy
 from .vocabularies import TokenizerPlan, aligned
 
 
@@ -98,6 +99,24 @@ def open_models(recipe: Recipe, *, allow_pickle: bool = False) -> RecipeModels:
         donor=donor_of(recipe, readers),
         tokenizer=tokenizer,
         commits=opening.commits,
+    )
+
+
+def realigned(recipe: Recipe, models: RecipeModels) -> RecipeModels:
+    """`models` with the rows of the base's tokens (the first model's, without a base), as `tokenizer: {source: base}` asks for.
+
+    For what else is to be told of models whose vocabularies differ. Raises what `aligned` raises.
+    """
+    policy = TokenizerPolicy("base", None, (), None, 1)
+    with progress.listening(None):
+        readers, tokenizer = aligned(replace(recipe, tokenizer=policy, sens=None), models.readers)
+    return replace(
+        models,
+        base=None if recipe.base_model is None else readers[recipe.base_model],
+        experts=tuple(readers[expert.model] for expert in recipe.models),
+        readers=readers,
+        donor=donor_of(recipe, readers),
+        tokenizer=tokenizer,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .calibrating import profiles_folder
 from .checking import check_models, check_name, check_place, check_tokenizers, rows_alone_differ, tell_unmatched_filters
 from .companions import output_model_config
 from .data import CalibrationData
-from .models import RecipeModels, find_file, open_models, source_of
+from .models import RecipeModels, find_file, open_models, realigned, source_of
 from .resuming import check_not_taken
 from .weighing import needs_calibration, preset_scale, sized, unmeasured
 
@@ -64,11 +65,16 @@ def check_before(
     if not overwrite:
         with faults.gathered():
             check_not_taken(recipe, out)
-    before = len(faults.found)
-    with faults.gathered():
+    mended = False
+    try:
         check_tokenizers(recipe, models)
-    # Unlike vocabularies have unlike rows: one fault, told with the lines that mend it.
-    mended = len(faults.found) > before and rows_alone_differ(models)
+    except SensmergeError as error:
+        faults.found.append(error)
+        # What is wrong beside the vocabularies is told of the models as they will be once that is mended.
+        with suppress(SensmergeError):
+            models = realigned(recipe, models)
+        # Where that cannot be: unlike vocabularies have unlike rows, which is one fault.
+        mended = rows_alone_differ(models)
     with faults.gathered():
         check_models(recipe, models, tensors=not mended)
     if not mended:

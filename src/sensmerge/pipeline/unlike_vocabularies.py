@@ -37,20 +37,23 @@ def check_same_vocabulary(recipe: Recipe, readers: Mapping[str, Checkpoint]) -> 
     if recipe.sens is not None:
         raise unlike_with_sens(recipe, why, lines)
     labels = dict.fromkeys(label for pair, _ in faults for label in pair)
-    raise IncompatibleModelsError(
-        "the tokenizers of these models differ", where=" and ".join(labels), why=why, fix=lines
-    )
+    raise IncompatibleModelsError("the tokenizers of these models differ", where=", ".join(labels), why=why, fix=lines)
 
 
 def _differences(
     recipe: Recipe, readers: Mapping[str, Checkpoint], found: Mapping[str, ModelTokens]
 ) -> list[tuple[tuple[str, str], str]]:
-    """For each model that differs from one before it: the labels of both, and how. The donor comes first."""
+    """For each model that differs from one before it: the labels of both, and how. The donor comes first.
+
+    A model whose tokens are known is compared with the first one whose tokens are, the others with every one.
+    """
     donor = donor_model(recipe)
     faults: list[tuple[tuple[str, str], str]] = []
     before: list[str] = []
     for model in sorted(found, key=lambda model: model != donor):
-        told = next((each for other in before if (each := _told(readers, found, other, model)) is not None), None)
+        known = next((other for other in before if found[other].tokens is not None), None)
+        others = before if known is None or found[model].tokens is None else [known]
+        told = next((each for other in others if (each := _told(readers, found, other, model)) is not None), None)
         if told is not None:
             faults.append(told)
         before.append(model)

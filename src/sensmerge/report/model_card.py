@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..methods import METHODS, Method
 from ..methods.option import WEIGHT
 from ..records import Coefficients, Recipe, Settings
 from ..settings import LAMBDA
 
-# Parents are linked only where they are hub ids, and every model is read from a local folder: nothing to link.
-_FRONT_MATTER = (
-    "---",
-    "library_name: transformers",
-    "base_model_relation: merge",
-    "tags:",
-    "- merge",
-    "- sensmerge",
-    "---",
-)
+
+def _front_matter(parents: Iterable[str]) -> list[str]:
+    """The card's metadata; `parents` are the hub's names of models, which the hub links."""
+    named = [f"- {name}" for name in dict.fromkeys(parents)]
+    return [
+        "---",
+        "library_name: transformers",
+        *(["base_model:", *named] if named else []),
+        "base_model_relation: merge",
+        "tags:",
+        "- merge",
+        "- sensmerge",
+        "---",
+    ]
 
 
 def coefficient_table(coefficients: Coefficients) -> list[str]:
@@ -65,10 +71,13 @@ def _varies(settings: Settings, name: str) -> str:
     return ", differs between tensors" if isinstance(settings.get(name), tuple) else ""
 
 
-def model_card(recipe: Recipe, coefficients: Coefficients | None, scale: float) -> str:
-    """The card's text: what was merged, with which coefficients, and the recipe; `scale` is λ, told where the method has one."""
+def model_card(recipe: Recipe, coefficients: Coefficients | None, scale: float, parents: Iterable[str] = ()) -> str:
+    """The card's text: what was merged, with which coefficients, and the recipe; `scale` is λ, told where the method has one.
+
+    `parents` are the hub's names (`org/name`) of the models that came from it.
+    """
     method = METHODS.get(recipe.merge_method, where=recipe.where())
-    lines = [*_FRONT_MATTER, "", "# A merge made with sensmerge", ""]
+    lines = [*_front_matter(parents), "", "# A merge made with sensmerge", ""]
     base = f" on the base `{recipe.base_model}`" if recipe.base_model else ""
     number = f", λ = {scale:g}{_varies(recipe.parameters, LAMBDA.name)}" if method.adds else ""
     lines += [f"Method `{recipe.merge_method}`{base}{number}. {'Slices' if recipe.slices else 'Models'}:", ""]

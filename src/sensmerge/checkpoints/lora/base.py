@@ -19,10 +19,12 @@ def check_base(
     name: str,
     folders: Sequence[Path],
     open_model: Callable[[Path], Checkpoint],
+    allow: frozenset[str] = frozenset(),
 ) -> None:
     """`base` is what the adapter was trained on; raises IncompatibleModelsError otherwise.
 
-    Compared are folders, else (where the adapter names a folder that exists) fingerprints, else the last components of the names.
+    `allow` are the checks that were switched off. Compared are folders, else (where the adapter names a folder that exists)
+    fingerprints, else the last components of the names.
     """
     if config.base is None:
         progress.message(
@@ -40,7 +42,7 @@ def check_base(
             trained.close()
         if not same:
             why = f"it was trained on {config.base}, whose weights differ from those of {base.label}"
-            raise _refused(config, base, name, why)
+            raise _refused(config, base, name, why, allow)
         return
     named, _, label_revision = base.label.partition("@")
     names = {
@@ -50,10 +52,11 @@ def check_base(
         _cached(base.path),
     }
     if _last(config.base.partition("@")[0]) not in names - {""}:
-        raise _refused(config, base, name, f"it was trained on {config.base}, and the base given is {base.label}")
+        why = f"it was trained on {config.base}, and the base given is {base.label}"
+        raise _refused(config, base, name, why, allow)
     if config.revision is not None and label_revision and label_revision != config.revision:
         why = f"it was trained on revision {config.revision} of {config.base}, and the base given is {base.label}"
-        raise _refused(config, base, name, why)
+        raise _refused(config, base, name, why, allow)
 
 
 def _opened(place: Path, open_model: Callable[[Path], Checkpoint]) -> Checkpoint | None:
@@ -74,10 +77,13 @@ def _cached(path: Path) -> str:
     return parts[-1].rpartition("--")[2].casefold() if parts else ""
 
 
-def _refused(config: AdapterConfig, base: Checkpoint, name: str, why: str) -> IncompatibleModelsError:
+def _refused(
+    config: AdapterConfig, base: Checkpoint, name: str, why: str, allow: frozenset[str]
+) -> IncompatibleModelsError:
     return IncompatibleModelsError(
         f"the adapter of '{name}' was trained on another base",
         where=str(config.path),
         why=why,
-        fix=f"write the base that it names, or, if both are one model, add `allow: [{ALLOW}]` to the recipe",
+        fix=f"write the base that it names, or, if both are one model, "
+        f"add `allow: [{', '.join(sorted({ALLOW} | allow))}]` to the recipe",
     )

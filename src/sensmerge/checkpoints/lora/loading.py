@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import IncompatibleModelsError, InputFileError
+from ..containment import check_files
 from ..source import Checkpoint
 from .adapted import AdaptedModel, adapted_model
 from .base import ALLOW, check_base
@@ -105,6 +106,7 @@ def open_adapted(opening: Opens, base: str | None, adapter: Path, name: str, *, 
     Raises InputFileError for files that are missing or damaged, IncompatibleModelsError for an adapter that is no plain LoRA, that
     was trained on another base, or that does not fit.
     """
+    check_files(adapter, name, opening.allow, weights=(WEIGHTS_FILE,))
     file = weights_file(adapter, name)
     config = read_config(adapter)
     folder = _base_folder(opening, config, name, where) if base is None else opening.folder(base, where=where)
@@ -126,7 +128,8 @@ def open_adapted(opening: Opens, base: str | None, adapter: Path, name: str, *, 
         )
     try:
         if base is not None and ALLOW not in opening.allow:
-            check_base(config, model, name, [*opening.folders, adapter], lambda at: opening.open(str(at), where=where))
+            places = [*opening.folders, adapter]
+            check_base(config, model, name, places, lambda at: opening.open(str(at), where=where), opening.allow)
         return AdaptedModel(model, config, tensors, name)
     except BaseException:
         model.close()
