@@ -160,7 +160,7 @@ def test_the_records_have_the_promised_keys(untrained: FamilyFiles, kept: Path, 
     }  # fmt: skip
     assert json.loads((folder / "profiles" / "expert-a.json").read_text()).keys() == {
         "schema", "model", "fingerprint", "samples", "tokens", "loss", "score", "layers", "sensitivity", "per_sample",
-        "tensors", "rows", "token_ids", "loss_mask", "inputs",
+        "tensors", "rows", "token_ids", "loss_mask", "inputs", "paths",
     }  # fmt: skip
     coefficients = Coefficients.load(folder / "coefficients.json")
     profile = SensitivityProfile.load(folder / "profiles" / "expert-b.json")
