@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from . import progress
 from .checkpoints.formats import DTYPES
 from .errors import RecipeError
 from .methods import METHODS, Method
@@ -133,6 +134,11 @@ def _models(top: Section, method: Method, base: str | None, shared: Settings) ->
         listed.append(base)
     _check_count(top, top.line_of("models"), method, listed, base)
     merged = merged_models(method, listed, base)
+    for entry in entries:
+        if entry.model not in merged:
+            progress.message(
+                f"{top.path}:{entry.line}: '{entry.model}' is base_model, and counts for nothing among the models"
+            )
     return tuple(expert for expert in experts if expert.model in merged)
 
 

@@ -155,3 +155,33 @@ def test_an_adapters_files_do_not_lead_out_of_its_folder(made: Path, tmp_path: P
     assert line == "allow: [rope_theta, symlinks]"
     (tmp_path / "r.yml").write_text(recipe("base+lora", extra=line + "\n"))
     assert sensmerge("plan", "r.yml", cwd=tmp_path).returncode == 0
+
+
+def test_a_base_that_is_listed_is_said_to_count_for_nothing(made: Path, sensmerge: Run) -> None:
+    """Once, with its line; a method that averages it in says nothing."""
+    (made / "r.yml").write_text(recipe("base", "chat"))
+    done = sensmerge("plan", "r.yml", cwd=made)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("r.yml:4: 'base' is base_model, and counts for nothing among the models") == 1
+    (made / "r.yml").write_text(
+        recipe("base", "chat").replace("task_arithmetic", "linear").replace("{lambda: 0.5}", "{weight: 1}")
+    )
+    done = sensmerge("plan", "r.yml", cwd=made)
+    assert done.returncode == 0, done.stderr
+    assert "counts for nothing" not in done.stderr
+
+
+def test_extract_lora_opens_what_the_other_commands_open(made: Path, tmp_path: Path, sensmerge: Run) -> None:
+    """Pickles with the flag alone; the faults of both models at once."""
+    shutil.copytree(made / "chat", tmp_path / "old")
+    weights = load_file(tmp_path / "old" / "model.safetensors")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "old" / "pytorch_model.bin")
+    command = ("extract-lora", "old", made / "base", "-o", "adapter", "--rank", "4")
+    refused = sensmerge(*command, cwd=tmp_path)
+    assert refused.returncode == 3
+    assert "add `--allow-pickle` to the command" in refused.stderr
+    done = sensmerge(*command, "--allow-pickle", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    both = sensmerge("extract-lora", "old", "./bse", "-o", "other", "--rank", "4", cwd=tmp_path)
+    assert len(faults(both.stderr)) == 2

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RecipeError
-from .arguments import AsJson, Device, Memory
+from .arguments import AllowPickle, AsJson, Device, Memory
 from .terminal import print_json, print_table
 
 
 def profile(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model: a folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, base+adapter.")],
     data: Annotated[
         str, typer.Option(metavar="FILE", help="Samples of its task: a file, a folder or a data set of the hub.")
     ],
@@ -41,6 +41,7 @@ def profile(
     attn_implementation: Annotated[str | None, typer.Option(help="eager, sdpa, flash_attention_2 or _3.")] = None,
     device: Device = "auto",
     memory: Memory = "auto",
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure one model alone; another recipe uses the file with `sens: {profile: X.json}`."""
@@ -75,6 +76,7 @@ def profile(
         with_samples=not without_samples,
         device=device,
         memory=memory,
+        allow_pickle=allow_pickle,
     )
     if as_json:
         facts = {"model": found.model, "samples": found.samples, "tokens": found.tokens, "truncated": found.truncated}

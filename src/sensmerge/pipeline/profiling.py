@@ -23,6 +23,7 @@ def profile(
     with_samples: bool = True,
     device: str = "auto",
     memory: str = "auto",
+    allow_pickle: bool = False,
 ) -> SensitivityProfile:
     """Measure one model (eq. 1-3) on samples of its own task and keep it as the file `out`.
 
@@ -55,7 +56,7 @@ def profile(
     )
     # What a run leaves that was stopped: the next one goes on there.
     scratch = out.with_name(f".{out.name}.sens")
-    with open_models(recipe) as models:
+    with open_models(recipe, allow_pickle=allow_pickle) as models:
         if known is not None and known.token_ids:
             known.save(scratch / "profiles" / f"{models.names[0]}.json")
         calibration = calibrate_models(recipe, models, CalibrationData(recipe), scratch, device, memory)
