@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..checkpoints.containment import CONFIG_FILES
 from ..checkpoints.source import TOKENIZER_FILES
 from ..errors import InputFileError
 from ..methods import METHODS
@@ -18,7 +19,7 @@ from ..records import MergePlan, Recipe, hash_of
 from .models import RecipeModels
 
 COMPUTING = ("sensmerge", "numpy", "numba")
-_READ = {"config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES}
+_READ = {*CONFIG_FILES, *TOKENIZER_FILES}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 # For each model, by its label, its files by name: size, time of the last change in ns, number in the file system.
