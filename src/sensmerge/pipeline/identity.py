@@ -116,7 +116,14 @@ def meaning_of(text: str) -> str:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, in words."""
+    """What differs between two identities, in words; `before` comes out of a file and may be of any form."""
+    try:
+        return _changes(before, now)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return ["the record of it, which is not of this version's form"]
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     if before.get("recipe") != now["recipe"]:
         found.append("the recipe")
