@@ -158,6 +158,35 @@ def test_a_model_that_lies_in_the_work_folder_is_not_thrown_away(tmp_path: Path)
     assert tree(inside) == before
 
 
+FORMS = [
+    {"inputs": 3},
+    {"inputs": {"base": 3}},
+    {"inputs": {"base": [3]}},
+    {"versions": 3},
+    {"inputs": {"base": ["x", 3]}},
+]
+
+
+@pytest.mark.parametrize("identity", FORMS, ids=json.dumps)
+def test_a_state_of_another_form_is_another_merge(tmp_path: Path, identity: object) -> None:
+    case = tiny(tmp_path)
+    interrupt(case)
+    (case.work / "state.json").write_text(json.dumps({"identity": identity}))
+    with pytest.raises(OutputError, match="was another one") as caught:
+        case.merge()
+    assert caught.value.fix.endswith("--restart")
+    case.merge(restart=True)
+    assert case.out.exists()
+
+
+def test_a_file_in_the_place_of_the_work_folder_is_left_alone(tmp_path: Path) -> None:
+    case = tiny(tmp_path)
+    case.work.write_text("thesis")
+    with pytest.raises(OutputError, match="in the way"):
+        case.merge()
+    assert case.work.read_text() == "thesis"
+
+
 @pytest.mark.parametrize("given", [0, 2])
 def test_a_system_that_gives_no_more_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int) -> None:
     case = tiny(tmp_path, "ties", experts=2, more="parameters: {density: 0.5, scope: global}\n")
