@@ -40,6 +40,7 @@ def test_importing_sensmerge_costs_next_to_nothing() -> None:
 COMMANDS = (
     "demo",
     "calibrate",
+    "profile",
     "coefficients",
     "init",
     "plan",
@@ -51,7 +52,7 @@ COMMANDS = (
     "list",
 )
 # All that open models of a recipe, or named on the command line.
-OPENING = ("calibrate", "coefficients", "init", "plan", "merge", "check", "diff", "extract-lora")
+OPENING = ("calibrate", "profile", "coefficients", "init", "plan", "merge", "check", "diff", "extract-lora")
 
 HELP = """
 import sys

@@ -87,7 +87,7 @@ def test_a_sens_recipe_has_the_defaults_of_the_design(tmp_path: Path) -> None:
         "preset": "paper", "samples": 100, "max_length": 1024, "seed": 0, "template": "none", "loss": "response",
         "score": "weight", "group": "block", "distance": "l2", "positions": "all", "axis": "row",
         "direction": "distance", "rule": "softmax", "temperature": 1.0, "total": "K", "other": "block_mean",
-        "compute_dtype": None,
+        "compute_dtype": None, "attn_implementation": None, "until": None,
     }  # fmt: skip
     assert recipe.sens is not None
     assert asdict(recipe.sens) == expected
@@ -419,7 +419,7 @@ def test_mergekit_s_other_keys_are_refused_by_name(tmp_path: Path, key: str) -> 
         (SENS.replace("{data: math.jsonl}", "{}"), 5, "either data or a profile"),
         (SENS.replace("{data: math.jsonl}", "{data: {path: a}, profile: b}"), 5, "either data or a profile"),
         (SENS.replace("{data: math.jsonl}", "{data: {prompt: q}}"), 5, "path"),
-        (SENS.replace("{data: math.jsonl}", "{data: {path: a, split: train}}"), 5, "'split' is not supported"),
+        (SENS.replace("{data: math.jsonl}", "{data: {path: a, splt: train}}"), 5, "unknown key 'splt'"),
         (SENS.replace("{data: math.jsonl}", "{data: [a]}"), 5, "text"),
         (SENS.replace("sens:\n  preset: paper\n", ""), 4, "the recipe has none"),
     ],

@@ -15,6 +15,7 @@ from sensmerge.errors import InputFileError
 from sensmerge.records import (
     Alignment,
     Coefficients,
+    Intervals,
     Record,
     Scale,
     Scores,
@@ -39,6 +40,13 @@ COEFFICIENTS = Coefficients(
     layers=["l.0"], alpha=[[1.0], [1.0]], tau=[0.25, 0.75], sigma=[[0.4], [0.6]], w=[1.0, 0.5],
     weights=[[0.56], [0.42]], other={"embed": [0.5, 0.5]}, spread=0.2, warnings=["müde\n"], inputs="z",
 )  # fmt: skip
+INTERVALS = Intervals(
+    1000,
+    [[[0.9, 1.0]], [[1.0, 1.0]]],
+    [[0.2, 0.3], [0.7, 0.8]],
+    [[[0.3, 0.5]], [[0.5, 0.7]]],
+    [[[0.5, 0.6]], [[0.4, 0.5]]],
+)
 SCALE = Scale(1, 0.85, "mean over tasks", ["a"], [[0.1, 2.0, 2.0], [0.85, 1.0, 1.0]], "q")
 SCORES = Scores(1, "m", "f", {"t": TaskScore("accuracy", 50.0, 2, 35.35, [0.0, 1.0])}, 50.0, "i")
 
@@ -47,10 +55,11 @@ RECORDS: list[Record] = [
     ALIGNMENT,
     COEFFICIENTS,
     dataclasses.replace(COEFFICIENTS, lambda_=None),
+    dataclasses.replace(COEFFICIENTS, intervals=INTERVALS),
     SCALE,
     SCORES,
 ]
-IDS = ["profile", "alignment", "coefficients", "lambda-null", "scale", "scores"]
+IDS = ["profile", "alignment", "coefficients", "lambda-null", "intervals", "scale", "scores"]
 
 each_record = pytest.mark.parametrize("record", RECORDS, ids=IDS)
 
@@ -109,7 +118,21 @@ def test_true_is_not_schema_1() -> None:
 
 
 def _keys(record: Record) -> list[str]:
-    return [key for key in json.loads(record.to_json()) if key != "schema"]
+    """The keys that must be there: those that came later have defaults, so that older files can be read."""
+    late = {
+        field.name
+        for field in dataclasses.fields(record)
+        if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    }
+    return [key for key in json.loads(record.to_json()) if key != "schema" and key not in late]
+
+
+def test_files_without_the_later_keys_can_be_read() -> None:
+    for record in (PROFILE, COEFFICIENTS):
+        data = json.loads(record.to_json())
+        for key in ("truncated", "dropped", "intervals"):
+            data.pop(key, None)
+        assert type(record).from_json(json.dumps(data), source="old.json") == record
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def rule(text: str) -> str:
         ("tokenizer: base", "tokenizer must be a mapping", "key: value"),
         ("tokenizer: {source: base}\ntokenizer_source: base", "stand side by side", "keep one"),
         ("tokenizer: {pad_to_multiple_of: 0}", "`pad_to_multiple_of` must be", "pad_to_multiple_of: 64"),
+        ("tokenizer: {pad_to_multiple_of: 1000000000}", "`pad_to_multiple_of` must be", "pad_to_multiple_of: 64"),
         ("tokenizer: {pad_to_multiple_of: true}", "`pad_to_multiple_of` must be", "pad_to_multiple_of: 64"),
         (rule("{force: true}"), "has no `source:`", "source: {kind: zero}"),
         (rule("math"), "tokenizer.tokens.<a> must be a mapping", "key: value"),

@@ -27,8 +27,12 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "direction": ("distance", "similarity"),
     "other": ("block_mean", "own_group", "base", "uniform"),
     "compute_dtype": ("float32", "bfloat16", "float16"),
+    "attn_implementation": ("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
 }
 _WHOLE_NUMBERS = {"samples": 1, "max_length": 2, "seed": 0}
+_ABOVE_ZERO = ("temperature", "until")
+# How many samples are drawn at first where `until` says when to stop.
+FIRST_SAMPLES = 16
 
 
 def _refuse(what: str, where: str, why: str, fix: str) -> RecipeError:
@@ -63,8 +67,8 @@ def checked_setting(key: str, value: Any, where: str) -> Any:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    if not abs(number) < float("inf") or (key == "temperature" and number <= 0):
-        kind = "a number above 0" if key == "temperature" else "`K` or a number"
+    if not abs(number) < float("inf") or (key in _ABOVE_ZERO and number <= 0):
+        kind = "a number above 0" if key in _ABOVE_ZERO else "`K` or a number"
         raise _refuse(f"'{key}' must be {kind}", where, f"found {shown(value)}", f"`{key}: 1.0`")
     return number
 
@@ -87,6 +91,8 @@ def read_sens(section: Section) -> tuple[SensSettings, Preset]:
         if value is not None:
             where = f"{section.path}:{section.line_of(field.name)}"
             defaults[field.name] = checked_setting(field.name, value, where)
+    if "until" in defaults and "samples" not in section:
+        defaults["samples"] = FIRST_SAMPLES
     settings = SensSettings(**defaults)
     if "temperature" in section:
         _tell_unused_temperature(settings, f"{section.path}:{section.line_of('temperature')}")
@@ -105,6 +111,9 @@ def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     if recipe.sens is None:
         raise _no_sens(recipe)
     checked = {key: checked_setting(key, value, f"--{key}") for key, value in changes.items() if value is not None}
+    if "until" in checked and recipe.sens.until is None:
+        # The recipe's number is that of a calibration of one size; here it grows.
+        checked.setdefault("samples", FIRST_SAMPLES)
     sens = replace(recipe.sens, **checked)
     if "temperature" in checked:
         _tell_unused_temperature(sens, "--temperature")
@@ -137,12 +146,12 @@ def read_source(section: Section) -> SensSource:
     if section.is_section("data"):
         data = section.section("data")
         assert data is not None
-        data.allow(("path", *FIELDS), unsupported=("name", "split", "revision"))
+        data.allow(("path", "name", "split", "revision", *FIELDS))
         path = data.text("path")
         names = {field: name for field in FIELDS if (name := data.text(field)) is not None}
         if path is None:
             raise data.error("`data:` needs a path", data.line, "write `data: {path: FILE.jsonl}`")
-        return SensSource(data=path, fields=names)
+        return SensSource(path, names, None, data.text("name"), data.text("split"), data.text("revision"))
     source = SensSource(data=section.text("data"), profile=section.text("profile"))
     if not source.data and not source.profile:
         raise section.error(

@@ -10,6 +10,9 @@ from .records import TokenizerPolicy, TokenRule
 from .registry import suggestion
 from .yamlfile import Section
 
+# Hardware asks for some hundreds; what is beyond this is a slip, and would fill the disk with rows of no token.
+LARGEST_MULTIPLE = 1 << 16
+
 
 def read_tokenizer(top: Section, models: Sequence[str]) -> TokenizerPolicy | None:
     """Whose tokens the merged model has; None where the recipe does not say. `models` are those that the merge reads.
@@ -61,9 +64,11 @@ def _model(section: Section, key: str, model: str | None, models: Sequence[str],
 
 def _multiple(section: Section) -> int | None:
     value = section.value("pad_to_multiple_of")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_MULTIPLE
+    ):
         raise section.error(
-            "`pad_to_multiple_of` must be a whole number from 1 up",
+            f"`pad_to_multiple_of` must be a whole number from 1 to {LARGEST_MULTIPLE}",
             section.line_of("pad_to_multiple_of"),
             "write `pad_to_multiple_of: 64`",
             f"found {value!r}",

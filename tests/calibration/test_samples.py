@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import zlib
@@ -119,10 +120,10 @@ def test_broken_json_is_told_by_line_and_column(tmp_path: Path, line: int) -> No
     lines = ['{"text": "x"}'] * 50
     lines[line - 1] = '{"text": "x",}'
     error = refused(tmp_path, "\n".join(lines))
-    assert error.where.endswith(f"data.jsonl:{line}")
     assert f"line {line}: not JSON at column" in error.why
     column = int(error.why.partition("column ")[2].partition(":")[0])
     assert 12 <= column <= 14
+    assert error.where.endswith(f"data.jsonl:{line}:{column}")
 
 
 @pytest.mark.parametrize(
@@ -218,13 +219,24 @@ def test_a_file_with_no_more_rows_is_used_whole_in_order(count: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 17])
 @pytest.mark.parametrize("count", [1, 7, 49])
 def test_a_draw_is_seeded_sorted_and_without_replacement(seed: int, count: int) -> None:
-    """`random.Random(seed).sample`, in file order: the same rows on every machine."""
+    """The first of one shuffled order, put back into that of the file: the same rows on every machine."""
     samples = [Sample(n, 2 * n + 1, text=str(n)) for n in range(50)]
     drawn = draw(samples, count, seed)
-    assert drawn == [samples[row] for row in sorted(random.Random(seed).sample(range(50), count))]
+    order = list(range(50))
+    random.Random(seed).shuffle(order)
+    assert drawn == [samples[row] for row in sorted(order[:count])]
     assert drawn == draw(samples, count, seed)
     assert len(set(drawn)) == count
     assert all(sample.line == 2 * sample.row + 1 for sample in drawn), "a row keeps its place"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_more_samples_are_the_fewer_and_others(seed: int) -> None:
+    """So that what was measured is not measured again."""
+    samples = [Sample(n, n + 1, text=str(n)) for n in range(60)]
+    draws = [draw(samples, count, seed) for count in (1, 16, 24, 59, 60, 61)]
+    for few, many in itertools.pairwise(draws):
+        assert set(few) <= set(many)
 
 
 def test_another_seed_draws_other_rows() -> None:

@@ -447,6 +447,13 @@ def pasted(error: SensmergeError) -> str:
     return str(out)
 
 
+def test_an_adapter_without_a_tensor_is_refused(copied: Path) -> None:
+    """Merged, it would be the base under another name."""
+    save_file({}, copied / "adapter" / "adapter_model.safetensors")
+    error = refused(copied, "base+adapter", InputFileError)
+    assert "holds no tensors" in error.what
+
+
 @pytest.mark.parametrize("kind", [{"use_dora": True}, {"target_modules": ["embed_tokens"]}], ids=["DoRA", "embedding"])
 def test_the_fix_for_variants_works(copied: Path, kind: dict[str, Any]) -> None:
     """The command of the message makes a model that can be merged, and it is PEFT's."""

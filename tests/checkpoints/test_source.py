@@ -190,8 +190,8 @@ def test_no_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff{}", b"[" * 50_000, b'{"x": ' + b"9" * 5000 + b"}"],
-    ids=["empty", "cut", "list", "null", "text", "not UTF-8", "deep", "long number"],
+    "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff{}", b"[" * 50_000, b'{"x": ' + b"9" * 5000 + b"}", rb'{"x": "\ud800"}'],
+    ids=["empty", "cut", "list", "null", "text", "not UTF-8", "deep", "long number", "half a character"],
 )  # fmt: skip
 def test_a_config_that_is_none(tmp_path: Path, content: bytes) -> None:
     folder = write_checkpoint(tmp_path, tensors())

@@ -118,6 +118,7 @@ def test_a_folder_without_a_vocabulary(tmp_path: Path) -> None:
         ("tokenizer.json", tokenizer(3)), ("tokenizer.json", tokenizer({"a": "1"})), ("tokenizer.json", tokenizer([1, 2])),
         ("tokenizer.json", tokenizer(TOKENS, [{"id": 3}])), ("tokenizer.json", tokenizer([[["a"], 0]])),
         ("tokenizer.json", tokenizer({"a": -1})), ("tokenizer.json", tokenizer({"a": True})),
+        ("tokenizer.json", tokenizer(TOKENS, [{"id": 3, "content": 7}])), ("tokenizer.json", tokenizer([["a", 0], [3, 0]])),
         ("vocab.json", "{"), ("vocab.json", ["a"]), ("vocab.json", {"a": None}), ("vocab.txt", b"\xff"),
         ("tokenizer.model", b""), ("tokenizer.model", b"not a model"), ("tokenizer.model", PIECES[:10]),
         ("tokenizer.model", b"\x0a\x02\x0a"), ("tokenizer.model", b"\xff" * 20), ("tokenizer.model", b"\x0a\x00"),
@@ -128,6 +129,15 @@ def test_damaged_files_are_told(tmp_path: Path, name: str, content: object) -> N
     with pytest.raises(InputFileError) as caught:
         token_map(folder(tmp_path, {name: content}))
     assert str(tmp_path / name) in caught.value.where
+
+
+@pytest.mark.parametrize(("place", "token"), [("-1", "x"), ("9", 5), (str(1 << 40), "x"), ("x", "x")])
+def test_added_tokens_whose_ids_are_none(tmp_path: Path, place: str, token: object) -> None:
+    """A row before the first one would be read from another tensor, or from the header."""
+    beside = {"tokenizer_config.json": {"added_tokens_decoder": {place: {"content": token}}}}
+    with pytest.raises(InputFileError) as caught:
+        token_map(folder(tmp_path, {"tokenizer.json": tokenizer(TOKENS), **beside}))
+    assert "tokenizer_config.json" in caught.value.where
 
 
 def test_a_sentencepiece_model_cut_anywhere_is_an_error_or_shorter() -> None:

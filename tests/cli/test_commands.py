@@ -51,7 +51,11 @@ def assert_told(done: subprocess.CompletedProcess[str], code: int, *words: str) 
 
 def test_version_and_help(sensmerge: Run) -> None:
     assert sensmerge("--version").stdout == f"sensmerge {sm.__version__}\n"
-    for command in ("demo", "calibrate", "coefficients", "init", "plan", "merge", "check", "diff", "evaluate", "list"):
+    commands = (
+        "demo", "calibrate", "profile", "coefficients", "init", "plan", "merge", "check", "diff", "extract-lora",
+        "evaluate", "list",
+    )  # fmt: skip
+    for command in commands:
         done = sensmerge(command, "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout

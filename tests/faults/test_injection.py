@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,3 +151,44 @@ def test_a_full_disk_says_how_to_go_on(case: Case, new: dict[str, bytes]) -> Non
     assert case.work.exists()
     case.merge()
     assert tree(case.out) == new
+
+
+class Noting:
+    """What was done, and to which file: its number in the file system."""
+
+    def __init__(self, case: Case, *, exchange: bool) -> None:
+        self.case, self.exchange = case, exchange
+        self.calls: list[tuple[str, int]] = []
+        self.placed: dict[str, int] = {}
+
+    def __call__(self, call: str, place: Any) -> None:
+        path = None if isinstance(place, int) else Path(place)
+        state = os.fstat(place) if path is None else path.stat() if path.exists() else None
+        if (call == "exchange" and self.exchange) or (call == "rename" and place == self.case.out):
+            new = self.case.work / "complete"
+            self.placed = {str(path.relative_to(new)): path.stat().st_ino for path in [new, *new.rglob("*")]}
+            self.placed["the folder of both"] = self.case.work.stat().st_ino
+            call = "placed"
+        self.calls.append((call, 0 if state is None else state.st_ino))
+        if call == "exchange":
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_every_byte_and_name_is_on_the_disk_before_the_model_is_in_place(case: Case, exchange: bool) -> None:
+    """A power failure after the last step finds the new model, after any earlier one the old: nothing is put in place unsynced."""
+    case.clear(old=True)
+    noting = Noting(case, exchange=exchange)
+    with judging(noting):
+        case.merge()
+    at = next(place for place, (call, _) in enumerate(noting.calls) if call == "placed")
+    before, after = noting.calls[:at], noting.calls[at + 1 :]
+    assert len(noting.placed) > 9
+    for name, number in noting.placed.items():
+        done = [call for call, each in before if each == number and call in ("sync", "write", "allocate")]
+        assert done[-1:] == ["sync"], name
+    names = [place for place, (call, _) in enumerate(before) if call == "rename"]
+    assert ("sync", noting.placed["the folder of both"]) in before[names[-1] - 2 * (not exchange) :]
+    parent = case.out.parent.stat().st_ino
+    removal = next(place for place, (call, _) in enumerate(after) if call == "remove")
+    assert ("sync", parent) in after[:removal], "the old model is deleted only when the new name is on the disk"

@@ -132,7 +132,9 @@ def test_what_is_finished_is_not_merged_again(tmp_path: Path, scope: str) -> Non
     assert any("% of it is there" in line for line in told.lines)
 
 
-@pytest.mark.parametrize("damage", ["a page lost", "a line lost", "a line cut off", "the state lost", "a file cut off"])
+@pytest.mark.parametrize(
+    "damage", ["a page lost", "a line lost", "a line cut off", "the state lost", "a file cut off", "a longer file"]
+)
 def test_what_a_power_failure_took_is_found(tmp_path: Path, damage: str) -> None:
     """Pages that never reached the disk, lines of the journal, the state: nothing is trusted that is not proven."""
     case = tiny(tmp_path)
@@ -151,6 +153,8 @@ def test_what_a_power_failure_took_is_found(tmp_path: Path, damage: str) -> None
         journal.write_bytes(journal.read_bytes()[:-9])
     elif damage == "the state lost":
         (case.work / "state.json").write_bytes(bytes(100))
+    elif damage == "a longer file":
+        first.write_bytes(first.read_bytes() + bytes(99))
     else:
         os.truncate(first, first.stat().st_size // 2)
     case.merge()

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,55 @@ def test_a_model_that_lies_in_the_work_folder_is_not_thrown_away(tmp_path: Path)
         with pytest.raises(OutputError, match="would overwrite a model of the recipe"):
             case.merge(restart=restart)
     assert tree(inside) == before
+
+
+FORMS = [
+    {"inputs": 3},
+    {"inputs": {"base": 3}},
+    {"inputs": {"base": [3]}},
+    {"versions": 3},
+    {"inputs": {"base": ["x", 3]}},
+]
+
+
+@pytest.mark.parametrize("identity", FORMS, ids=json.dumps)
+def test_a_state_of_another_form_is_another_merge(tmp_path: Path, identity: object) -> None:
+    case = tiny(tmp_path)
+    interrupt(case)
+    (case.work / "state.json").write_text(json.dumps({"identity": identity}))
+    with pytest.raises(OutputError, match="was another one") as caught:
+        case.merge()
+    assert caught.value.fix.endswith("--restart")
+    case.merge(restart=True)
+    assert case.out.exists()
+
+
+def test_a_file_in_the_place_of_the_work_folder_is_left_alone(tmp_path: Path) -> None:
+    case = tiny(tmp_path)
+    case.work.write_text("thesis")
+    with pytest.raises(OutputError, match="in the way"):
+        case.merge()
+    assert case.work.read_text() == "thesis"
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_system_that_gives_no_more_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int) -> None:
+    case = tiny(tmp_path, "ties", experts=2, more="parameters: {density: 0.5, scope: global}\n")
+    case.merge()
+    expected = tree(case.out)
+    case.clear(old=False)
+    start, left = threading.Thread.start, [given]
+
+    def scarce(thread: threading.Thread) -> None:
+        left[-1] -= 1
+        if left[-1] < 0:
+            left[-1] = given
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    sm.merge(sm.load_recipe(case.recipe), case.out, jobs=8, shard_bytes=case.shard_bytes)
+    assert tree(case.out) == expected
 
 
 def test_a_remark_in_the_recipe_is_the_same_merge(tmp_path: Path) -> None:

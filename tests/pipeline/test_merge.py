@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sensmerge as sm
-from sensmerge.errors import IncompatibleModelsError, InputFileError, NonFiniteError, OutputError, RecipeError
+from sensmerge.errors import (
+    IncompatibleModelsError,
+    InputFileError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    SeveralErrors,
+)
 from sensmerge.pipeline import dry_run
 from sensmerge.records import Alignment, Coefficients, Recipe, SensitivityProfile
 from tests.oracle.families import FamilyFiles, FamilySpec, build_family, write_recipe
@@ -153,14 +160,14 @@ def test_the_records_have_the_promised_keys(untrained: FamilyFiles, kept: Path, 
     folder = tmp_path / "out" / "sensmerge"
     assert json.loads((folder / "coefficients.json").read_text()).keys() == {
         "schema", "preset", "rule", "temperature", "total", "lambda", "models", "layers", "alpha", "tau", "sigma", "w",
-        "weights", "other", "spread", "warnings", "inputs",
+        "weights", "other", "spread", "warnings", "inputs", "intervals",
     }  # fmt: skip
     assert json.loads((folder / "alignment.json").read_text()).keys() == {
         "schema", "models", "distances", "per_sample", "inputs",
     }  # fmt: skip
     assert json.loads((folder / "profiles" / "expert-a.json").read_text()).keys() == {
         "schema", "model", "fingerprint", "samples", "tokens", "loss", "score", "layers", "sensitivity", "per_sample",
-        "tensors", "rows", "token_ids", "loss_mask", "inputs",
+        "tensors", "rows", "token_ids", "loss_mask", "inputs", "paths", "truncated", "dropped",
     }  # fmt: skip
     coefficients = Coefficients.load(folder / "coefficients.json")
     profile = SensitivityProfile.load(folder / "profiles" / "expert-b.json")
@@ -372,8 +379,9 @@ def test_a_published_profile_replaces_data_and_must_fit(untrained: FamilyFiles, 
         content["models"][0]["sens"],
     )
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(InputFileError, match="another model"):
+    with pytest.raises(SeveralErrors, match="another model") as caught:
         sm.merge(sm.load_recipe(path), tmp_path / "swapped", profiles_dir=tmp_path / "other")
+    assert [type(error) for error in caught.value.errors] == [InputFileError] * 2, "both are told at once"
 
 
 def test_a_head_tied_by_default_and_stored_all_the_same(tmp_path: Path) -> None:

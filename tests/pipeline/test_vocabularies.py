@@ -509,3 +509,18 @@ def test_chat_templates(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_an_id_far_beyond_all_rows_is_refused(tmp_path: Path) -> None:
+    """With a rule for its row too: the merged model would be a thousand times as large, all of it padding."""
+    model(tmp_path / "base", 0)
+    model(tmp_path / "expert", 1)
+    file = tmp_path / "base" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 1 << 30, "content": "<far>"})
+    file.write_text(json.dumps(data))
+    for rule in ("", ", tokens: {<far>: {source: {kind: zero}}}"):
+        with pytest.raises(IncompatibleModelsError, match="'<far>' has an id far beyond"):
+            dry_run(
+                sm.load_recipe(recipe(tmp_path, ["expert"], f"tokenizer: {{source: base{rule}}}")), tmp_path / "out"
+            )

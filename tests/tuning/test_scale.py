@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import sensmerge as sm
 from sensmerge.records import SensitivityProfile
 from sensmerge.zoo.family import Family
+from tests.builders import byte_tokenizer, tiny_gpt2, tiny_mixtral, write_jsonl
 from tests.conftest import Run
 
 
@@ -27,9 +28,9 @@ def recipe_text(family: Family, scale: object, sens: str) -> str:
     return f"{head}sens: {sens}\nmodels:\n{models}"
 
 
-def loss_of(folder: Path, profiles: list[SensitivityProfile]) -> float:
-    """The mean over tasks of the mean sample loss, one sample at a time, in float64: nothing of ours."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+def loss_of(folder: Path, profiles: list[SensitivityProfile], dtype: torch.dtype = torch.float64) -> float:
+    """The mean over tasks of the mean sample loss, one sample at a time: nothing of ours."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tasks = []
     for profile in profiles:
         losses = []
@@ -87,3 +88,27 @@ def test_coefficients_show_no_lambda_while_it_is_auto(merged: Path, sensmerge: R
     record = json.loads(done.stdout)
     assert record["lambda"] is None
     assert record["weights"] == [[1.0] * len(record["layers"])] * 3
+
+
+@pytest.mark.parametrize("kind", ["fused experts", "without a prefix"])
+def test_bases_whose_parameters_are_called_otherwise(kind: str, tmp_path: Path) -> None:
+    """Mixtral's experts, which transformers fuses while loading, and a GPT-2 as on the hub: the loss told is the merge's."""
+    for seed, name in enumerate(("base", "one", "two")):
+        model = tiny_mixtral(seed) if kind == "fused experts" else tiny_gpt2(seed)
+        model.save_pretrained(tmp_path / name)
+        if kind == "without a prefix":
+            model.transformer.save_pretrained(tmp_path / name)
+            config = {**model.config.to_dict(), "architectures": ["GPT2LMHeadModel"]}
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {row}?", "response": "yes"} for row in range(3)])
+    models = "".join(f"  - {{model: {name}, sens: {{data: {name}.jsonl}}}}\n" for name in ("one", "two"))
+    for scale in ("auto", 0.7):
+        text = f"merge_method: task_arithmetic\nbase_model: base\nparameters: {{lambda: {scale}}}\nsens: {{rule: uniform}}\n"
+        (tmp_path / f"{scale}.yml").write_text(f"{text}models:\n{models}")
+        sm.merge(sm.load_recipe(tmp_path / f"{scale}.yml"), tmp_path / f"out-{scale}", profiles_dir=tmp_path / "kept")
+    profiles = [SensitivityProfile.load(tmp_path / "kept" / "profiles" / f"{name}.json") for name in ("one", "two")]
+    tried = json.loads((tmp_path / "out-auto" / "sensmerge" / "scale.json").read_text())["tried"]
+    told = {row[0]: row[1] for row in tried}
+    # transformers has no fused experts in float64.
+    assert loss_of(tmp_path / "out-0.7", profiles, torch.float32) == pytest.approx(told[0.7], rel=1e-4)

@@ -1,22 +1,22 @@
-"""Distances between experts, eq. 4: on task j's samples, how far model i's logits stand from those of expert j."""
+"""Distances between experts, eq. 4: on task j's samples, how far model i's logits stand from those of expert j.
+
+Each model runs once over the samples; what is kept of a position is its last hidden state. Logits are formed from hidden states and
+output heads, some tokens of the vocabulary at a time, and reduced to sums at once: scratch grows with tokens times hidden size.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import combinations
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import progress
 from ..distances import Distance
-from ..records import CalibrationSet
-from .models import non_finite, out_of_memory_told
+from .heads import Head
 
-# Distances are computed in float64 on this many logits at a time (64 MB).
-LOGITS_AT_ONCE = 1 << 23
+# Logits of one model that exist at once, in bytes of float64.
+SLICE_BYTES = 32 << 20
 
 
 def compared_positions(mask: Sequence[int], positions: str) -> list[int]:
@@ -31,51 +31,35 @@ def compared_positions(mask: Sequence[int], positions: str) -> list[int]:
     return predicting if positions == "loss" else predicting[:1]
 
 
-def _mean_distance(model_TV: Tensor, expert_TV: Tensor, distance: Distance) -> float:
-    rows = max(1, LOGITS_AT_ONCE // model_TV.shape[-1])
-    parts = zip(model_TV.split(rows), expert_TV.split(rows), strict=True)
-    return math.fsum(value for model, expert in parts for value in distance(model, expert).tolist()) / len(model_TV)
+@torch.no_grad()
+def mean_distances(
+    model_TH: Sequence[Tensor], model: Head, expert_TH: Sequence[Tensor], expert: Head, distance: Distance
+) -> list[float]:
+    """For each sample the mean over its positions of the distance between two models' logits, from their hidden states.
 
-
-def _logits(model: Any, ids: Sequence[int], positions: Sequence[int], place: str) -> Tensor:
-    device = next(model.parameters()).device
-    with torch.no_grad(), out_of_memory_told(place):
-        logits_TV = model(input_ids=torch.tensor(ids, device=device)[None]).logits[0][list(positions)]
-    if not torch.isfinite(logits_TV).all():
-        raise non_finite(model, place, "a logit")
-    return logits_TV
-
-
-def pairwise_distances(
-    load: Callable[[int], Any],
-    names: Sequence[str],
-    tasks: Sequence[CalibrationSet],
-    distance: Distance,
-    positions: str,
-) -> list[list[list[float]]]:
-    """`per_sample[i][j][k]`: the mean over positions of the distance of model i from expert j on sample k of task j.
-
-    `load(i)` gives model i; at most two models are held at once. The diagonal is zero. Cost: for each of the K(K-1)/2 pairs, two
-    forward passes over both tasks' samples.
+    `model_TH[k]` and `expert_TH[k]` are [positions, hidden] of sample k. Where one model has more vocabulary rows, those that
+    both have are compared. Cost: twice the output heads' products where the distance is one of probabilities; memory: SLICE_BYTES.
     """
-    experts = len(names)
-    result = [[[0.0] * len(tasks[j].rows) for j in range(experts)] for _ in range(experts)]
-    total = sum(len(tasks[a].rows) + len(tasks[b].rows) for a, b in combinations(range(experts), 2))
-    held: dict[int, Any] = {}
-    with progress.task("distances between experts", total) as advance:
-        for first, second in combinations(range(experts), 2):
-            for other in [index for index in held if index not in (first, second)]:
-                del held[other]
-            for index in (first, second):
-                if index not in held:
-                    held[index] = load(index)
-            for task, other in ((first, second), (second, first)):
-                samples = tasks[task]
-                for k, (ids, mask) in enumerate(zip(samples.token_ids, samples.loss_mask, strict=True)):
-                    at = compared_positions(mask, positions)
-                    place = f"{{}}, sample {samples.rows[k]} of task {names[task]}"
-                    expert_TV = _logits(held[task], ids, at, place.format(names[task]))
-                    model_TV = _logits(held[other], ids, at, place.format(names[other]))
-                    result[other][task][k] = _mean_distance(model_TV, expert_TV, distance)
-                    advance(1)
-    return result
+    lengths = [len(each) for each in model_TH]
+    ours, theirs = torch.cat(list(model_TH)), torch.cat(list(expert_TH))
+    vocabulary = min(model.vocabulary, expert.vocabulary)
+    step = max(1, SLICE_BYTES // (8 * len(ours)))
+    slices = [(first, min(first + step, vocabulary)) for first in range(0, vocabulary, step)]
+    normalisers: tuple[Tensor, Tensor] | None = None
+    if distance.probabilities:
+        normalisers = _normaliser(model, ours, slices), _normaliser(expert, theirs, slices)
+    terms: tuple[Tensor, ...] = ()
+    for first, last in slices:
+        one, other = model.logits(ours, first, last).double(), expert.logits(theirs, first, last).double()
+        if normalisers is not None:
+            one, other = one - normalisers[0][:, None], other - normalisers[1][:, None]
+        found = distance.terms(one, other)
+        terms = found if not terms else tuple(a + b for a, b in zip(terms, found, strict=True))
+    each = distance.finish(*terms)
+    return [math.fsum(part.tolist()) / len(part) for part in each.split(lengths)]
+
+
+def _normaliser(head: Head, hidden: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
+    """log Σ exp of the logits of every position, float64."""
+    parts = [head.logits(hidden, first, last).double().logsumexp(dim=-1) for first, last in slices]
+    return torch.stack(parts).logsumexp(dim=0)

@@ -1,13 +1,14 @@
-"""Loading a model for calibration: every weight from the checkpoint, none made up."""
+"""Devices, tokenizers, whole models as transformers loads them, and what to say where memory or numbers run over."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputFileError, NonFiniteError, RecipeError, ResourceError
 
@@ -95,10 +96,10 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def non_finite(model: Any, place: str, what: str) -> NonFiniteError:
-    """The error for a loss or gradient that is not finite: names the weight that is to blame, or else the sample."""
-    for name, parameter in model.named_parameters():
-        bad = ~torch.isfinite(parameter.detach())
+def non_finite(weights: Iterable[tuple[str, Tensor]], place: str, what: str) -> NonFiniteError:
+    """The error for a loss or gradient that is not finite: names the first of `weights` that is to blame, or else the sample."""
+    for name, weight in weights:
+        bad = ~torch.isfinite(weight.detach())
         if bad.any():
             return NonFiniteError(
                 "a weight of this model is NaN or infinite",

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoints.source import Checkpoint
 from ..errors import IncompatibleModelsError, InputFileError
-from .sensitivity import checkpoint_names
+from .naming import stored_names
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,13 @@ def skeleton_of(checkpoint: Checkpoint) -> Skeleton:
             made: Any = getattr(transformers, kind, None)
             model = made(config) if made else transformers.AutoModelForCausalLM.from_config(config)
     try:
-        names = checkpoint_names(model, list(checkpoint.tensors))
+        stored = stored_names(model, checkpoint)
     except IncompatibleModelsError as error:
-        raise IncompatibleModelsError(
-            "an adapter of this architecture cannot be written",
-            where=f"{checkpoint.label}, {error.where}",
-            why=error.why.partition(", so")[0],
-            fix="keep the full model: there is no adapter that PEFT could load onto its base",
-        ) from error
+        raise _no_adapter(checkpoint, error.why) from error
+    fused = [own for own, parts in stored.items() if len(parts) > 1]
+    if fused:
+        raise _no_adapter(checkpoint, f"transformers fuses tensors of this family while loading ({fused[0]})")
+    names = {own: parts[0].name for own, parts in stored.items()}
     modules = dict(model.named_modules())
     second: dict[Any, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -73,6 +72,15 @@ def skeleton_of(checkpoint: Checkpoint) -> Skeleton:
         modules=tuple(name for name in modules if name),
         matrices=frozenset(conv1d | linear),
         conv1d=frozenset(conv1d),
+    )
+
+
+def _no_adapter(checkpoint: Checkpoint, why: str) -> IncompatibleModelsError:
+    return IncompatibleModelsError(
+        "an adapter of this architecture cannot be written",
+        where=checkpoint.label,
+        why=why,
+        fix="keep the full model: there is no adapter that PEFT could load onto its base",
     )
 
 

@@ -1,22 +1,20 @@
 """From a calibration file to token ids and loss masks.
 
-Rows are {prompt, response} | {instruction, input, output} | {messages} | {text}, one JSON object a line (`.jsonl`, or `.jsonl.gz`).
+Rows are {prompt, response} | {instruction, input, output} | {messages} | {text}, in the files that `rows` reads.
 Every fault is named by file, line and column; nothing is skipped.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationDataError
 from ..records import CalibrationSet, SensSettings
+from .rows import Row, read_rows
 
 FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "text")
 SHOWN_FAULTS = 5
@@ -24,7 +22,7 @@ SHOWN_FAULTS = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """One row before tokenisation: either `text`, or `messages`, or a prompt with its response."""
+    """One row before tokenisation: either `text`, or `messages`, or a prompt with its response; `place` is its file and line."""
 
     row: int
     line: int
@@ -32,27 +30,7 @@ class Sample:
     response: str | None = None
     text: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
-
-
-def _text_of(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise CalibrationDataError(
-            "this calibration file is not UTF-8 text",
-            where=f"{path}:{line}",
-            why=str(error),
-            fix="save the file as UTF-8",
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise CalibrationDataError(
-            "cannot read this calibration file",
-            where=str(path),
-            why=str(error),
-            fix="check the path in `sens: {data: …}`",
-        ) from error
+    place: str = field(default="", compare=False)
 
 
 def _from_messages(row: int, line: int, messages: Any) -> Sample | str:
@@ -92,46 +70,35 @@ def _sample(row: int, line: int, entry: Any, fields: Mapping[str, str]) -> Sampl
     return f"no prompt and response, no instruction and output, no messages and no text among {sorted(entry)}"
 
 
-def _parsed(row: int, number: int, line: str, fields: Mapping[str, str]) -> Sample | str:
-    """The sample in one line of a file, or what is wrong with it."""
-    try:
-        entry = json.loads(line)
-        # Half a surrogate pair is legal JSON and no text: no tokenizer can take it.
-        json.dumps(entry, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        return f"not JSON at column {error.colno}: {error.msg}"
-    except (ValueError, RecursionError) as error:
-        return f"cannot be read: {error}"
-    return _sample(row, number, entry, fields)
+def read_samples(paths: Path | Sequence[Path], fields: Mapping[str, str] | None = None) -> list[Sample]:
+    """All samples of a file, or of several that belong together, in order; `fields` maps our names to the files'.
 
-
-def read_samples(path: Path, fields: Mapping[str, str] | None = None) -> list[Sample]:
-    """All samples of a file, in order; `fields` maps our names to the file's. Raises CalibrationDataError.
-
-    `row` counts the samples from 0, `line` the file's lines from 1 (blank lines are no samples).
+    `row` counts the samples from 0 over all files, `line` a file's lines from 1 (blank lines are no samples; rows in Parquet).
+    Raises CalibrationDataError.
     """
+    files = [paths] if isinstance(paths, Path) else list(paths)
     samples: list[Sample] = []
-    faults: list[tuple[int, str]] = []
-    # split, not splitlines: JSON strings may hold U+2028 and its like, which end no line of a file.
-    for number, line in enumerate(_text_of(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        found = _parsed(len(samples), number, line, fields or {})
-        if isinstance(found, str):
-            faults.append((number, found))
-        else:
-            samples.append(found)
+    faults: list[tuple[Path, Row, str]] = []
+    for path in files:
+        for row in read_rows(path, tuple((fields or {}).values())):
+            place = f"{path}:{row.line}"
+            found = row.fault or _sample(len(samples), row.line, row.entry, fields or {})
+            if isinstance(found, str):
+                faults.append((path, row, found))
+            else:
+                samples.append(replace(found, place=place))
     if faults:
+        path, first, _ = faults[0]
         raise CalibrationDataError(
             f"{len(faults)} row(s) cannot be used as samples",
-            where=f"{path}:{faults[0][0]}",
-            why="; ".join(f"line {number}: {fault}" for number, fault in faults[:SHOWN_FAULTS]),
+            where=f"{path}:{first.line}" + (f":{first.column}" if first.column else ""),
+            why="; ".join(f"line {row.line}: {fault}" for _, row, fault in faults[:SHOWN_FAULTS]),
             fix="mend these lines, or name the fields: `data: {path: FILE, prompt: question, response: answer}`",
         )
     if not samples:
         raise CalibrationDataError(
             "this calibration file has no samples",
-            where=str(path),
+            where=", ".join(map(str, files)),
             why="it has no line with a JSON object",
             fix='put one sample a line, for example {"prompt": "2 + 2 =", "response": " 4"}',
         )
@@ -139,10 +106,16 @@ def read_samples(path: Path, fields: Mapping[str, str] | None = None) -> list[Sa
 
 
 def draw(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """`count` samples drawn without replacement by `random.Random(seed)`, in file order; all of them if there are no more."""
+    """`count` samples drawn without replacement, in file order; all of them if there are no more.
+
+    Draws are nested: the first `count` of one order that `random.Random(seed).shuffle` makes, so that more samples are the fewer
+    and others.
+    """
     if len(samples) <= count:
         return list(samples)
-    return [samples[row] for row in sorted(random.Random(seed).sample(range(len(samples)), count))]
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
+    return [samples[row] for row in sorted(order[:count])]
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -217,27 +190,37 @@ def _encode(tokenizer: Any, sample: Sample, settings: SensSettings, where: str) 
     return ids, [int(position >= first_loss) for position in range(len(ids))], cut
 
 
-def encode_samples(tokenizer: Any, samples: Sequence[Sample], settings: SensSettings, path: Path) -> CalibrationSet:
+def encode_samples(
+    tokenizer: Any, samples: Sequence[Sample], settings: SensSettings, source: Path | str, rows: int | None = None
+) -> CalibrationSet:
     """Token ids and loss masks of `samples` with the task's own tokenizer. Raises CalibrationDataError.
 
     text: `tokenizer(text)`. Pair: [bos] + enc(prompt) + enc(response) + [eos], enc without special tokens, bos only if the
     tokenizer itself adds it. Over `max_length` the prompt's left is cut first, then the right of the response with its eos.
-    `loss: response` counts response and eos, `all` (and text) every token but the first.
+    `loss: response` counts response and eos, `all` (and text) every token but the first. `source` names samples that know no
+    file of their own; `rows` is how many the data has, where these are a draw from it.
     """
-    ids, masks, truncated, empty = [], [], 0, []
+    ids, masks, truncated = [], [], 0
+    empty: list[Sample] = []
     for sample in samples:
-        tokens, mask, cut = _encode(tokenizer, sample, settings, f"{path}:{sample.line}")
+        tokens, mask, cut = _encode(tokenizer, sample, settings, _place(sample, source))
         ids.append(tuple(tokens))
         masks.append(tuple(mask))
         truncated += cut
         if not any(mask):
-            empty.append(sample.line)
+            empty.append(sample)
     if empty:
         raise CalibrationDataError(
             f"{len(empty)} of the samples have no token to predict",
-            where=f"{path}:{empty[0]}",
-            why=f"no loss token is left in line(s) {', '.join(map(str, empty[:SHOWN_FAULTS]))} (loss: {settings.loss})",
+            where=_place(empty[0], source),
+            why=f"no loss token is left in line(s) {', '.join(str(sample.line) for sample in empty[:SHOWN_FAULTS])}"
+            f" (loss: {settings.loss})",
             fix="remove the empty samples, or raise max_length",
         )
-    rows = tuple(sample.row for sample in samples)
-    return CalibrationSet(rows, tuple(ids), tuple(masks), settings.loss, truncated)
+    dropped = 0 if rows is None else rows - len(samples)
+    drawn = tuple(sample.row for sample in samples)
+    return CalibrationSet(drawn, tuple(ids), tuple(masks), settings.loss, truncated, dropped)
+
+
+def _place(sample: Sample, source: Path | str) -> str:
+    return sample.place or f"{source}:{sample.line}"

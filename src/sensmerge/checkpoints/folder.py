@@ -131,6 +131,8 @@ class ModelFolder:
         config = self.path / "config.json"
         try:
             data = json.loads(config.read_text(encoding="utf-8"))
+            # Half a surrogate pair could not be written again.
+            json.dumps(data, ensure_ascii=False).encode()
         except (OSError, ValueError, RecursionError) as error:
             raise InputFileError(
                 f"'{self.label}' is not a model folder",

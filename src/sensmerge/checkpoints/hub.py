@@ -17,10 +17,11 @@ from typing import Any
 
 from .. import progress
 from ..errors import InputFileError, ResourceError, SensmergeError
+from .containment import CONFIG_FILES
 from .hub_errors import Asked, told, unreachable
 from .source import TOKENIZER_FILES
 
-SMALL_FILES = frozenset({"config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES})
+SMALL_FILES = frozenset({*CONFIG_FILES, *TOKENIZER_FILES})
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_model.safetensors"

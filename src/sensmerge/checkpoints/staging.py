@@ -143,14 +143,11 @@ class Staging:
             self.recover()
         if not self.work.exists():
             return
+        if not self.work.is_dir():
+            raise self._in_the_way("it is a file")
         strange = sorted(entry.name for entry in self.work.iterdir() if entry.name not in _PARTS)
         if strange:
-            raise OutputError(
-                "a folder is in the way of this merge's work",
-                where=str(self.work),
-                why=f"it holds '{strange[0]}', which no merge has put there",
-                fix="move that folder away, or choose another output folder",
-            )
+            raise self._in_the_way(f"it holds '{strange[0]}', which no merge has put there")
         files.remove_tree(self.work)
 
     def seal(self, identity: Mapping[str, Any]) -> None:
@@ -203,6 +200,14 @@ class Staging:
         """Is this the model that the state tells of?"""
         record, identity = read_json(folder / RECORD), self.interrupted()
         return record is not None and identity is not None and record.get("identity") == hash_of(identity)
+
+    def _in_the_way(self, why: str) -> OutputError:
+        return OutputError(
+            "something is in the way of this merge's work",
+            where=str(self.work),
+            why=why,
+            fix="move it away, or choose another output folder",
+        )
 
     def _filled(self) -> OutputError:
         return OutputError(

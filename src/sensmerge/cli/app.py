@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import calibrate, check, coefficients, demo, diff, evaluate, extract_lora, init, listing, merge, plan
+from . import calibrate, check, coefficients, demo, diff, evaluate, extract_lora, init, listing, merge, plan, profile
 from .terminal import fail, listening_terminal
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
+app.command("profile")(profile.profile)
 app.command("coefficients")(coefficients.coefficients)
 app.command("init")(init.init)
 app.command("plan")(plan.plan)

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import progress
-from .arguments import AllowPickle, AsJson, Device, ProfilesDir, RecipePath
+from .arguments import AllowPickle, AsJson, Device, Memory, ProfilesDir, RecipePath
 from .terminal import print_table
 
 if TYPE_CHECKING:
     from ..records import Coefficients
 
 
+def _cell(value: float, between: Sequence[float] | None) -> str:
+    """A number with half the width of its 95 % interval, where one is known."""
+    return f"{value:.4f}" if between is None else f"{value:.4f} ±{(between[1] - between[0]) / 2:.4f}"
+
+
 def show(result: Coefficients) -> None:
     """Print what multiplies each expert's task vector in each layer, then what it was made from: α, τ, and the spread."""
     scale = "auto" if result.lambda_ is None else f"{result.lambda_:g}"
     applied = 1.0 if result.lambda_ is None else result.lambda_
-    rows = [[layer, *(f"{row[at]:.4f}" for row in result.weights)] for at, layer in enumerate(result.layers)]
+    known = result.intervals
+    experts = range(len(result.models))
+    rows = [
+        [layer, *(_cell(result.weights[i][at], None if known is None else known.weights[i][at]) for i in experts)]
+        for at, layer in enumerate(result.layers)
+    ]
     rows += [
         [f"({role})", *(f"{applied * w * result.total * s:.4f}" for s, w in zip(sigma, result.w, strict=True))]
         for role, sigma in result.other.items()
     ]
     title = f"Coefficients: preset {result.preset}, rule {result.rule}, T = {result.temperature:g}, lambda = {scale}"
     print_table(title, ["layer", *result.models], rows)
-    factors = [[layer, *(f"{row[at]:.4f}" for row in result.alpha)] for at, layer in enumerate(result.layers)]
-    factors.append(["tau", *(f"{tau:.4f}" for tau in result.tau)])
+    factors = [
+        [layer, *(_cell(result.alpha[i][at], None if known is None else known.alpha[i][at]) for i in experts)]
+        for at, layer in enumerate(result.layers)
+    ]
+    factors.append(["tau", *(_cell(result.tau[i], None if known is None else known.tau[i]) for i in experts)])
     print_table("Made from alpha (by layer, eq. 3) and tau (eq. 5)", ["layer", *result.models], factors)
     print(f"spread max|K*sigma - 1| = {result.spread:.4f}")
+    uncertainty = result.uncertainty()
+    if uncertainty is not None:
+        print(uncertainty)
 
 
 def coefficients(
@@ -44,6 +61,7 @@ def coefficients(
     ] = None,
     profiles: ProfilesDir = None,
     device: Device = "auto",
+    memory: Memory = "auto",
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +79,7 @@ def coefficients(
         "temperature": temperature,
     }
     loaded = with_settings(load_recipe(recipe), changes)
-    result = weigh(loaded, profiles_dir=profiles, device=device, allow_pickle=allow_pickle)
+    result = weigh(loaded, profiles_dir=profiles, device=device, memory=memory, allow_pickle=allow_pickle)
     for warning in result.warnings:
         progress.warning(warning)
     if as_json:

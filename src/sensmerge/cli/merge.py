@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import AllowPickle, AsJson, Device, ProfilesDir, RecipePath
+from .arguments import AllowPickle, AsJson, Device, Memory, ProfilesDir, RecipePath
 from .plan import facts
 from .plan import show as show_plan
 from .terminal import parse_size, print_json, size_text
@@ -18,6 +18,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; absent or empty.")],
     profiles: ProfilesDir = None,
     device: Device = "auto",
+    memory: Memory = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the merge is complete.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what an interrupted merge into OUT has left.")
@@ -61,6 +62,7 @@ def merge(
         out,
         profiles_dir=profiles,
         device=device,
+        memory=memory,
         overwrite=overwrite,
         restart=restart,
         shard_bytes=shard_bytes,

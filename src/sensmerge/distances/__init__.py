@@ -1,20 +1,9 @@
-"""Distances between the logits of two models (floor 1): eq. 4 and its variants. Each is one small file and a pure function.
-
-A distance is `distance(model_TV, expert_TV) -> [T]`: float logits of the model and of the task's own expert at T positions over V
-tokens, to one float64 number a position, in the units its file names.
-"""
+"""Distances between the logits of two models (floor 1): eq. 4 and its variants. Each is one small file of pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from ..registry import Registry
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Distance = Callable[["Tensor", "Tensor"], "Tensor"]
+from .distance import Distance
 
 DISTANCES: Registry[Distance] = Registry(
     "distance",

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+
+from .distance import Distance
 
 
-def cosine(model_TV: Tensor, expert_TV: Tensor) -> Tensor:
-    """1 - cos(model, expert) per position, float64 [T], between 0 and 2."""
-    return (1.0 - cosine_similarity(model_TV.double(), expert_TV.double(), dim=-1)).clamp(min=0.0)
+def _terms(model: Tensor, expert: Tensor) -> tuple[Tensor, ...]:
+    return (model * expert).sum(dim=-1), model.square().sum(dim=-1), expert.square().sum(dim=-1)
+
+
+def _finish(product: Tensor, model: Tensor, expert: Tensor) -> Tensor:
+    # A model is at no distance from itself: √(a·a) is exactly a, √a·√a need not be.
+    norms = torch.sqrt(model * expert)
+    return (1.0 - product / norms.clamp(min=1e-300)).clamp(min=0.0)
+
+
+cosine = Distance("1 - cos(model, expert), between 0 and 2", _terms, _finish)

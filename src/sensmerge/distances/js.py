@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from .distance import Distance
 
-def js(model_TV: Tensor, expert_TV: Tensor) -> Tensor:
-    """JS(model, expert) per position, float64 [T], in nats."""
-    model = model_TV.double().log_softmax(dim=-1)
-    expert = expert_TV.double().log_softmax(dim=-1)
+
+def _terms(model: Tensor, expert: Tensor) -> tuple[Tensor, ...]:
     middle = torch.logaddexp(model, expert) - math.log(2.0)
     both = model.exp() * (model - middle) + expert.exp() * (expert - middle)
-    return 0.5 * both.sum(dim=-1).clamp(min=0.0)
+    return (both.sum(dim=-1),)
+
+
+js = Distance("JS(model, expert), in nats", _terms, lambda both: 0.5 * both.clamp(min=0.0), probabilities=True)

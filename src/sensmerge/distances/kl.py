@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .distance import Distance
 
-def kl(model_TV: Tensor, expert_TV: Tensor) -> Tensor:
-    """KL(expert ‖ model) per position, float64 [T], in nats: what is lost by predicting the expert's tokens with the model."""
-    expert = expert_TV.double().log_softmax(dim=-1)
-    model = model_TV.double().log_softmax(dim=-1)
-    return (expert.exp() * (expert - model)).sum(dim=-1).clamp(min=0.0)
+
+def _terms(model: Tensor, expert: Tensor) -> tuple[Tensor, ...]:
+    return ((expert.exp() * (expert - model)).sum(dim=-1),)
+
+
+kl = Distance(
+    "KL(expert ‖ model), in nats: what is lost by predicting the expert's tokens with the model",
+    _terms,
+    lambda divergence: divergence.clamp(min=0.0),
+    probabilities=True,
+)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .distance import Distance
 
-def l2(model_TV: Tensor, expert_TV: Tensor) -> Tensor:
-    """‖model - expert‖₂ per position, float64 [T], in logits."""
-    return (model_TV.double() - expert_TV.double()).norm(dim=-1)
+
+def _terms(model: Tensor, expert: Tensor) -> tuple[Tensor, ...]:
+    return ((model - expert).square().sum(dim=-1),)
+
+
+l2 = Distance("‖model - expert‖₂, in logits", _terms, lambda squares: squares.sqrt())

@@ -115,7 +115,10 @@ def _following(phases: Iterator[Phase]) -> Phase | None:
 
 
 def run_in_threads(schedule: Schedule, workers: Sequence[object]) -> None:
-    """Run `schedule` with one thread for each worker; the first error stops all of them and is raised here."""
+    """Run `schedule` with one thread for each worker; the first error stops all of them and is raised here.
+
+    Where the system gives fewer threads, those that it gives do all of the work.
+    """
     if len(workers) == 1:
         schedule.run(workers[0])
         return
@@ -133,10 +136,11 @@ def run_in_threads(schedule: Schedule, workers: Sequence[object]) -> None:
     ends = [threading.Event() for _ in workers]
     threads = [threading.Thread(target=work, args=each, daemon=True) for each in zip(workers, ends, strict=True)]
     try:
-        for thread in threads:
-            thread.start()
+        started = _start(threads)
+        if started == 0:
+            work(workers[0], ends[0])
         # Not `join`: until Python 3.13 a thread whose join was interrupted counts as ended while it still runs (gh-90882).
-        for ended in ends:
+        for ended in ends[:started]:
             ended.wait()
     except BaseException:
         # Interrupted: let the others come to the end of their unit before files are closed under them. A thread that only
@@ -147,7 +151,17 @@ def run_in_threads(schedule: Schedule, workers: Sequence[object]) -> None:
                 with suppress(KeyboardInterrupt):
                     ended.wait()
         raise
-    for thread in threads:
+    for thread in threads[:started]:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def _start(threads: Sequence[threading.Thread]) -> int:
+    """How many of the threads could be started: limits and a lack of memory end it."""
+    for count, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError:
+            return count
+    return len(threads)

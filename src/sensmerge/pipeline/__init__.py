@@ -14,7 +14,8 @@ from ..registry import unknown_name
 from ..rules.compute import compute
 from ..rules.presets import preset
 from ..sens_block import checked_setting, settings_of
-from .calibrating import Calibration, calibrate_models, profiles_folder
+from .calibrating import Calibration, profiles_folder
+from .enough import GROWTH, calibrated
 from .merging import MergeResult, merge, versions
 from .models import expert_names, open_models
 from .outlook import Outlook, outlook
@@ -26,17 +27,24 @@ ARITHMETIC = ("preset", "rule", "temperature", "total", "axis", "direction", "ot
 
 
 def calibrate(
-    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto", allow_pickle: bool = False
+    recipe: Recipe,
+    *,
+    profiles_dir: str | Path | None = None,
+    device: str = "auto",
+    memory: str = "auto",
+    growth: float = GROWTH,
+    allow_pickle: bool = False,
 ) -> tuple[list[SensitivityProfile], Alignment | None]:
     """Measure every expert of `recipe` (eq. 1-4), or read what was measured before from `profiles_dir` (`<recipe>.sens/`).
 
-    Returns the profiles in recipe order and the distances between the experts. Raises RecipeError without a `sens:` block,
-    CalibrationDataError before any model is loaded, NonFiniteError.
+    `memory` is how models are held: auto, resident or streamed. Returns the profiles in recipe order and the distances between the
+    experts. Where the recipe says `until`, each round draws `growth` times as many samples. Raises RecipeError without a `sens:`
+    block, CalibrationDataError before any model is loaded, NonFiniteError.
     """
     settings_of(recipe)
     folder = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
     with open_models(recipe, allow_pickle=allow_pickle) as models:
-        calibration = calibrate_models(recipe, models, folder, device)
+        calibration = calibrated(recipe, models, folder, device, memory, growth=growth)
     return list(calibration.profiles), calibration.alignment
 
 
@@ -70,7 +78,12 @@ def coefficients(
 
 
 def weigh(
-    recipe: Recipe, *, profiles_dir: str | Path | None = None, device: str = "auto", allow_pickle: bool = False
+    recipe: Recipe,
+    *,
+    profiles_dir: str | Path | None = None,
+    device: str = "auto",
+    memory: str = "auto",
+    allow_pickle: bool = False,
 ) -> Coefficients:
     """The coefficients of a recipe, kept as `coefficients.json` in `profiles_dir`; calibrates first where it must.
 
@@ -81,7 +94,7 @@ def weigh(
         recipe = sized(recipe, models)
         calibration: Calibration | None = None
         if needs_calibration(recipe):
-            calibration = calibrate_models(recipe, models, folder, device)
+            calibration = calibrated(recipe, models, folder, device, memory, sweeping=True)
         result = coefficients_of(recipe, models, calibration)
     result.save(folder / "coefficients.json")
     return result

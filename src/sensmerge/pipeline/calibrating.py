@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import progress
-from ..calibration.samples import draw, encode_samples, read_samples
+from ..calibration.samples import draw, encode_samples
 from ..checkpoints.families import group_tensors
-from ..checkpoints.formats import to_float32
-from ..checkpoints.source import Checkpoint, tokenizer_hashes
-from ..distances import DISTANCES
-from ..errors import CalibrationDataError, InputFileError
+from ..checkpoints.source import tokenizer_hashes
+from ..errors import CalibrationDataError, Faults, InputFileError
 from ..matching import check_same_tensors
-from ..records import Alignment, CalibrationSet, Recipe, SensitivityProfile, SensSettings, hash_of
+from ..records import Alignment, CalibrationSet, PairDistances, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
 from ..sens_block import settings_of
+from .data import CalibrationData
+from .measuring import SampleSums, Work, measure
 from .models import RecipeModels, find_file, source_of
-
-if TYPE_CHECKING:
-    from ..calibration.sensitivity import Reduce
+from .published import published_profile
 
 # torch and what needs it are imported where something is measured: with valid files nothing here costs more than reading them.
 
 # The keys of `sens:` that decide a profile, and those that decide the distances.
-_PROFILE_KEYS = ("samples", "max_length", "seed", "template", "loss", "score", "group", "compute_dtype")
-_ALIGNMENT_KEYS = ("distance", "positions", "compute_dtype")
+_PROFILE_KEYS = (
+    "samples",
+    "max_length",
+    "seed",
+    "template",
+    "loss",
+    "score",
+    "group",
+    "compute_dtype",
+    "attn_implementation",
+)
+_SAMPLE_KEYS = tuple(key for key in _PROFILE_KEYS if key not in ("samples", "seed", "group"))
+_ALIGNMENT_KEYS = ("distance", "positions", "compute_dtype", "attn_implementation")
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def calibration_set(profile: SensitivityProfile) -> CalibrationSet:
             f"the profile of '{profile.model}' carries no samples",
             where=f"profile {profile.model}",
             why="distances and lambda are measured on every expert's samples",
-            fix="make the profile again with its samples, or use `rule: alpha_only`",
+            fix="make the profile again with its samples, or use `rule: alpha_only` with a number as lambda",
         )
     sound = all(
         len(ids) == len(mask) and mask[0] == 0 and any(mask)
@@ -71,15 +80,18 @@ def calibration_set(profile: SensitivityProfile) -> CalibrationSet:
     )
 
 
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _picked(settings: SensSettings, keys: Sequence[str]) -> dict[str, object]:
     return {key: getattr(settings, key) for key in keys}
 
 
-def profile_inputs(recipe: Recipe, models: RecipeModels, index: int, data: Path, fingerprint: str) -> str:
+def profile_inputs(
+    recipe: Recipe,
+    models: RecipeModels,
+    index: int,
+    data: CalibrationData,
+    fingerprint: str,
+    keys: Sequence[str] = _PROFILE_KEYS,
+) -> str:
     """A hash of all that the profile of expert `index` comes from: a kept one that has it is valid."""
     settings = settings_of(recipe)
     folder = models.experts[index].tokenizer_path
@@ -89,57 +101,42 @@ def profile_inputs(recipe: Recipe, models: RecipeModels, index: int, data: Path,
         fingerprint,
         base,
         tokenizer_hashes(folder),
-        _file_hash(data),
+        data.hash(index),
         dict(source_of(recipe, index).fields),
-        _picked(settings, _PROFILE_KEYS),
+        _picked(settings, keys),
     )
 
 
-def _score(name: str, expert: Checkpoint, base: Checkpoint | None) -> Reduce:
-    import torch
-
-    from ..calibration.sensitivity import fisher_score, task_vector_score, weight_score
-
-    if name == "fisher":
-        return fisher_score
-    if name == "weight":
-        return weight_score
-    assert base is not None
-
-    def read(source: Checkpoint, tensor: str) -> Any:
-        spec = source.tensors[tensor]
-        return to_float32(source.read(tensor, 0, spec.elements), spec.dtype).reshape(spec.shape)
-
-    def task_vector(tensor: str) -> torch.Tensor:
-        # From both files, exactly: a weight rounded to the compute dtype differs from the base by more than δ.
-        return torch.from_numpy(read(expert, tensor) - read(base, tensor))
-
-    return task_vector_score(task_vector)
+def inputs_of_samples(recipe: Recipe, models: RecipeModels, data: CalibrationData) -> str:
+    """The hash of all that decides what samples can be drawn and what is measured on each, but for how many are."""
+    parts: list[str] = []
+    for index, expert in enumerate(models.experts):
+        source = source_of(recipe, index)
+        if source.profile is None:
+            keys = (*_SAMPLE_KEYS, "seed")
+            parts.append(profile_inputs(recipe, models, index, data, expert.fingerprint(), keys))
+        else:
+            path = find_file(recipe, source.profile, recipe.models[index].line)
+            parts.append(SensitivityProfile.load(path).inputs)
+    return hash_of("until 1", parts)
 
 
-def _make_profile(
-    models: RecipeModels,
-    index: int,
-    samples: CalibrationSet,
-    settings: SensSettings,
-    fingerprint: str,
-    inputs: str,
-    model: Any,
+def _profile_of(
+    models: RecipeModels, pending: _Pending, settings: SensSettings, found: SampleSums
 ) -> SensitivityProfile:
-    from ..calibration.sensitivity import checkpoint_names, sensitivities
-
-    expert, name = models.experts[index], models.names[index]
-    names = checkpoint_names(model, list(expert.tensors))
-    per_sample = sensitivities(model, samples, names, _score(settings.score, expert, models.base), label=name)
-    grouping = group_tensors(list(names.values()), settings.group)
-    members = {layer: [t for t in names.values() if grouping.group_of[t] == layer] for layer in grouping.layers}
+    """The profile that the sums of all samples make."""
+    expert, samples = models.experts[pending.index], pending.samples
+    per_sample = [found.by_row[row] for row in samples.rows]
+    names = sorted({name for sums in per_sample for name in sums})
+    grouping = group_tensors(names, settings.group)
+    members = {layer: [t for t in names if grouping.group_of[t] == layer] for layer in grouping.layers}
     sums = np.array(
-        [[np.sum([sample[t] for t in members[layer]]) for layer in grouping.layers] for sample in per_sample]
+        [[math.fsum(sample.get(t, 0.0) for t in members[layer]) for layer in grouping.layers] for sample in per_sample]
     )
     return SensitivityProfile(
         schema=SensitivityProfile.SCHEMA,
         model=expert.label,
-        fingerprint=fingerprint,
+        fingerprint=pending.fingerprint,
         samples=len(samples.rows),
         tokens=samples.loss_tokens,
         loss=settings.loss,
@@ -147,42 +144,15 @@ def _make_profile(
         layers=list(grouping.layers),
         sensitivity=sums.sum(axis=0).tolist(),
         per_sample=sums.tolist(),
-        tensors={t: float(np.sum([sample[t] for sample in per_sample])) for t in sorted(names.values())},
+        tensors={t: math.fsum(sample.get(t, 0.0) for sample in per_sample) for t in names},
         rows=list(samples.rows),
         token_ids=[list(ids) for ids in samples.token_ids],
         loss_mask=[list(mask) for mask in samples.loss_mask],
-        inputs=inputs,
+        inputs=pending.inputs,
+        paths=dict(found.paths),
+        truncated=samples.truncated,
+        dropped=samples.dropped,
     )
-
-
-def _published_profile(recipe: Recipe, models: RecipeModels, index: int, name: str) -> SensitivityProfile:
-    """A profile named in the recipe, refused unless it was made from this very model with these settings."""
-    path = find_file(recipe, name, recipe.models[index].line)
-    profile = SensitivityProfile.load(path)
-    settings, expert = settings_of(recipe), models.experts[index]
-    groups = list(group_tensors([*profile.tensors], settings.group).layers)
-    wrong = [
-        fault
-        for fault, bad in (
-            (f"it was made from another model than {expert.label}", profile.fingerprint != expert.fingerprint()),
-            (f"it has loss: {profile.loss}, the recipe {settings.loss}", profile.loss != settings.loss),
-            (f"it has score: {profile.score}, the recipe {settings.score}", profile.score != settings.score),
-            (f"its layers are not the groups of group: {settings.group}", profile.layers != groups),
-            (
-                f"its tensors bear other names than those of {models.donor.label}",
-                not profile.tensors.keys() <= expert.tensors.keys(),
-            ),
-        )
-        if bad
-    ]
-    if wrong:
-        raise InputFileError(
-            f"this profile does not belong to '{expert.label}' in this recipe",
-            where=str(path),
-            why="; ".join(wrong),
-            fix="use `sens: {data: FILE.jsonl}` to measure the model again",
-        )
-    return profile
 
 
 def kept_record(folder: Path, file: str, inputs: str, load: Callable[[Path], Any]) -> Any | None:
@@ -206,18 +176,17 @@ class _Pending:
     samples: CalibrationSet
     fingerprint: str
     inputs: str
+    samples_inputs: str
 
 
 def _profile_or_samples(
-    recipe: Recipe, models: RecipeModels, index: int, folder: Path
+    recipe: Recipe, models: RecipeModels, data: CalibrationData, index: int, folder: Path
 ) -> SensitivityProfile | _Pending:
     """The expert's published or kept profile, else its encoded samples. Raises CalibrationDataError, InputFileError."""
     source, settings = source_of(recipe, index), settings_of(recipe)
     if source.profile is not None:
-        return _published_profile(recipe, models, index, source.profile)
-    assert source.data is not None
+        return published_profile(recipe, models, index, source.profile)
     expert, name = models.experts[index], models.names[index]
-    data = find_file(recipe, source.data, recipe.models[index].line)
     fingerprint = expert.fingerprint()
     inputs = profile_inputs(recipe, models, index, data, fingerprint)
     kept = kept_record(folder, f"profiles/{name}.json", inputs, SensitivityProfile.load)
@@ -226,36 +195,15 @@ def _profile_or_samples(
         return kept  # type: ignore[no-any-return]
     from ..calibration.models import load_tokenizer
 
-    drawn = draw(read_samples(data, source.fields), settings.samples, settings.seed)
-    samples = encode_samples(load_tokenizer(expert.tokenizer_path), drawn, settings, data)
+    rows = data.samples(index)
+    drawn = draw(rows, settings.samples, settings.seed)
+    samples = encode_samples(load_tokenizer(expert.tokenizer_path), drawn, settings, name, len(rows))
     if samples.truncated:
         cut = f"{samples.truncated} of {len(samples.rows)} samples were cut to {settings.max_length} tokens"
         progress.message(f"{name}: {cut}")
-    return _Pending(index, samples, fingerprint, inputs)
-
-
-def _measured(
-    found: SensitivityProfile | _Pending, models: RecipeModels, settings: SensSettings, folder: Path, device: str
-) -> SensitivityProfile:
-    """The profile, measured now if it was pending, and kept in `folder`."""
-    if isinstance(found, SensitivityProfile):
-        return found
-    from ..calibration.experts import load_expert
-    from ..calibration.models import choose_device
-
-    expert, name = models.experts[found.index], models.names[found.index]
-    model = load_expert(expert, choose_device(device), settings.compute_dtype)
-    profile = _make_profile(models, found.index, found.samples, settings, found.fingerprint, found.inputs, model)
-    profile.save(folder / "profiles" / f"{name}.json")
-    return profile
-
-
-def _check_all_data(recipe: Recipe) -> None:
-    """Find every calibration file and read its rows before the first model is loaded: bad data costs no time."""
-    for index, expert in enumerate(recipe.models):
-        source = source_of(recipe, index)
-        if source.data is not None:
-            read_samples(find_file(recipe, source.data, expert.line), source.fields)
+    # What one sample's sums come from: neither how many others there are, nor how tensors are grouped afterwards.
+    each = profile_inputs(recipe, models, index, data, fingerprint, _SAMPLE_KEYS)
+    return _Pending(index, samples, fingerprint, inputs, each)
 
 
 def _check_vocabularies(models: RecipeModels, found: Sequence[SensitivityProfile | _Pending]) -> None:
@@ -274,50 +222,113 @@ def _check_vocabularies(models: RecipeModels, found: Sequence[SensitivityProfile
                 )
 
 
-def calibrate_models(recipe: Recipe, models: RecipeModels, folder: Path, device: str) -> Calibration:
-    """Profiles (eq. 1-3) and distances (eq. 4) of a recipe, from `folder` where they are still valid, else measured and kept.
+@dataclass(frozen=True)
+class _Wanted:
+    """The distance of one model from one expert: what it comes from, its samples by their hashes, and the numbers known of them."""
 
-    Raises CalibrationDataError before a model is loaded if the data cannot be used; NonFiniteError, InputFileError. Cost: K
-    forward and backward passes over a task's samples, K(K-1) forward passes over two tasks' samples.
-    """
-    settings = settings_of(recipe)
-    check_same_tensors(models.donor, [expert for expert in models.experts if expert is not models.donor])
-    _check_all_data(recipe)
-    found = [_profile_or_samples(recipe, models, index, folder) for index in range(len(models.experts))]
-    _check_vocabularies(models, found)
-    profiles = tuple(_measured(each, models, settings, folder, device) for each in found)
-    needs_distances = RULES.get(settings.rule, where="sens.rule").needs_distances
-    if not needs_distances and not all(profile.token_ids for profile in profiles):
-        return Calibration(profiles, None)
-    inputs = hash_of(
-        "alignment 1",
-        [profile.fingerprint for profile in profiles],
-        [hash_of(profile.token_ids, profile.loss_mask) for profile in profiles],
-        list(models.names),
-        _picked(settings, _ALIGNMENT_KEYS),
-    )
-    kept = kept_record(folder, "alignment.json", inputs, Alignment.load)
-    if kept is not None:
-        return Calibration(profiles, kept)
-    from ..calibration.alignment import pairwise_distances
-    from ..calibration.experts import load_expert
-    from ..calibration.models import choose_device
+    inputs: str
+    samples: Sequence[str]
+    known: Mapping[str, float]
 
-    tasks = [calibration_set(profile) for profile in profiles]
-    chosen = choose_device(device)
-    per_sample = pairwise_distances(
-        lambda index: load_expert(models.experts[index], chosen, settings.compute_dtype),
-        models.names,
-        tasks,
-        DISTANCES.get(settings.distance, where="sens.distance"),
-        settings.positions,
-    )
+    @property
+    def unknown(self) -> list[int]:
+        """The places of the samples that must still be compared."""
+        return [place for place, key in enumerate(self.samples) if key not in self.known]
+
+
+def _pairs(
+    models: RecipeModels,
+    found: Sequence[SensitivityProfile | _Pending],
+    tasks: Sequence[CalibrationSet],
+    settings: SensSettings,
+    folder: Path,
+) -> dict[tuple[int, int], _Wanted]:
+    """Every pair (model, expert on its own task), with what was kept of it: more experts or samples measure only what is new."""
+    keys = [[hash_of(ids, mask)[:32] for ids, mask in zip(t.token_ids, t.loss_mask, strict=True)] for t in tasks]
+    wanted: dict[tuple[int, int], _Wanted] = {}
+    for model in range(len(found)):
+        for task in range(len(found)):
+            if model != task:
+                inputs = hash_of(
+                    "distances 2",
+                    [found[model].fingerprint, found[task].fingerprint],
+                    _picked(settings, _ALIGNMENT_KEYS),
+                )
+                kept = kept_record(folder, _pair_file(inputs), inputs, PairDistances.load)
+                wanted[model, task] = _Wanted(inputs, keys[task], {} if kept is None else kept.samples)
+    return wanted
+
+
+def _pair_file(inputs: str) -> str:
+    return f"distances/{inputs[:16]}.json"
+
+
+def _alignment(models: RecipeModels, pairs: Mapping[tuple[int, int], _Wanted], work: Work, folder: Path) -> Alignment:
+    """The record of all pairs; those that were measured now are kept on their own, too."""
+    experts = len(models.names)
+    per_sample = [[[0.0] * len(work.tasks[task].rows) for task in range(experts)] for _ in range(experts)]
+    for (model, task), wanted in pairs.items():
+        known = dict(wanted.known)
+        if wanted.unknown:
+            known |= zip((wanted.samples[at] for at in wanted.unknown), work.distances[model, task], strict=True)
+            record = PairDistances(PairDistances.SCHEMA, models.names[model], models.names[task], known, wanted.inputs)
+            record.save(folder / _pair_file(wanted.inputs))
+        per_sample[model][task] = [known[key] for key in wanted.samples]
     alignment = Alignment(
         schema=Alignment.SCHEMA,
         models=list(models.names),
         distances=[[float(np.mean(samples)) for samples in row] for row in per_sample],
         per_sample=per_sample,
-        inputs=inputs,
+        inputs=hash_of("alignment 3", list(models.names), [[w.inputs, w.samples] for _, w in sorted(pairs.items())]),
     )
-    alignment.save(folder / "alignment.json")
-    return Calibration(profiles, alignment)
+    if kept_record(folder, "alignment.json", alignment.inputs, Alignment.load) is None:
+        alignment.save(folder / "alignment.json")
+    return alignment
+
+
+def _samples_of(found: SensitivityProfile | _Pending, needed: bool) -> CalibrationSet:
+    """The samples of a task; none for a profile without them where they are not needed."""
+    if isinstance(found, _Pending):
+        return found.samples
+    return calibration_set(found) if needed else CalibrationSet((), (), (), found.loss, 0)
+
+
+def calibrate_models(
+    recipe: Recipe, models: RecipeModels, data: CalibrationData, folder: Path, device: str, memory: str = "auto"
+) -> Calibration:
+    """Profiles (eq. 1-3) and distances (eq. 4) of a recipe, from `folder` where they are still valid, else measured and kept.
+
+    Each model is loaded once, or streamed (`memory`: auto, resident, streamed). Raises CalibrationDataError before a model is
+    loaded if the data cannot be used; NonFiniteError, InputFileError, ResourceError. Cost: K forward and backward passes over a
+    task's samples, K(K-1) forward passes over a task's samples, and output heads for every pair.
+    """
+    settings = settings_of(recipe)
+    check_same_tensors(models.donor, [expert for expert in models.experts if expert is not models.donor])
+    found: list[SensitivityProfile | _Pending] = []
+    faults = Faults()
+    for index in range(len(models.experts)):
+        with faults.gathered():
+            found.append(_profile_or_samples(recipe, models, data, index, folder))
+    faults.raise_all()
+    _check_vocabularies(models, found)
+    compared = RULES.get(settings.rule, where="sens.rule").needs_distances or all(
+        isinstance(each, _Pending) or each.token_ids for each in found
+    )
+    tasks = [_samples_of(each, compared) for each in found]
+    pairs = _pairs(models, found, tasks, settings, folder) if compared else {}
+    sums = {
+        at: SampleSums(folder / "samples" / f"{models.names[at]}.jsonl", each.samples_inputs)
+        for at, each in enumerate(found)
+        if isinstance(each, _Pending)
+    }
+    unmeasured = {at: each for at, each in sums.items() if any(row not in each.by_row for row in tasks[at].rows)}
+    work = Work(tasks, unmeasured, {pair: wanted.unknown for pair, wanted in pairs.items() if wanted.unknown})
+    if work.sums or work.pairs:
+        measure(models, settings, work, device=device, memory=memory, scratch=folder)
+    profiles: list[SensitivityProfile] = []
+    for at, each in enumerate(found):
+        profile = _profile_of(models, each, settings, sums[at]) if isinstance(each, _Pending) else each
+        if isinstance(each, _Pending):
+            profile.save(folder / "profiles" / f"{models.names[at]}.json")
+        profiles.append(profile)
+    return Calibration(tuple(profiles), _alignment(models, pairs, work, folder) if compared else None)

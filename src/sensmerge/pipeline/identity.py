@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..checkpoints.containment import CONFIG_FILES
 from ..checkpoints.source import TOKENIZER_FILES
 from ..errors import InputFileError
 from ..methods import METHODS
@@ -18,7 +19,7 @@ from ..records import MergePlan, Recipe, hash_of
 from .models import RecipeModels
 
 COMPUTING = ("sensmerge", "numpy", "numba")
-_READ = {"config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES}
+_READ = {*CONFIG_FILES, *TOKENIZER_FILES}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 # For each model, by its label, its files by name: size, time of the last change in ns, number in the file system.
@@ -115,7 +116,14 @@ def meaning_of(text: str) -> str:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, in words."""
+    """What differs between two identities, in words; `before` comes out of a file and may be of any form."""
+    try:
+        return _changes(before, now)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return ["the record of it, which is not of this version's form"]
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     if before.get("recipe") != now["recipe"]:
         found.append("the recipe")

@@ -21,9 +21,10 @@ from ..report.model_card import model_card
 from ..rules.compute import applied
 from ..sens_block import check_coefficients_apply
 from ..settings import as_written, without_filters
-from .calibrating import Calibration, calibrate_models, calibration_set, kept_record, profiles_folder
+from .calibrating import Calibration, calibration_set, kept_record, profiles_folder
 from .checking import check_empty
 from .companions import write_companions
+from .enough import calibrated
 from .identity import check_unchanged, identity_of, input_states, version_of
 from .models import RecipeModels, open_models
 from .planning import check_before
@@ -126,7 +127,13 @@ def _check_given(given: Coefficients, recipe: Recipe, models: RecipeModels) -> N
 
 
 def _prepare(
-    recipe: Recipe, models: RecipeModels, given: Coefficients | None, folder: Path, device: str, shard_bytes: int
+    recipe: Recipe,
+    models: RecipeModels,
+    given: Coefficients | None,
+    folder: Path,
+    device: str,
+    memory: str,
+    shard_bytes: int,
 ) -> _Prepared:
     recipe = sized(recipe, models)
 
@@ -138,7 +145,7 @@ def _prepare(
     calibration, coefficients, record = None, None, None
     scale = 1.0 if recipe.lambda_ is None else recipe.lambda_
     if recipe.sens is not None and needs_calibration(recipe):
-        calibration = calibrate_models(recipe, models, folder, device)
+        calibration = calibrated(recipe, models, folder, device, memory)
     if given is not None:
         _check_given(given, recipe, models)
         weights = [expert.weight for expert in recipe.models]
@@ -210,6 +217,7 @@ def merge(
     coefficients: Coefficients | None = None,
     profiles_dir: str | Path | None = None,
     device: str = "auto",
+    memory: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -221,7 +229,8 @@ def merge(
 
     Calibrates first where the recipe has a `sens:` block and no valid files exist in `profiles_dir` (default: `<recipe>.sens/`);
     `coefficients` replaces the recipe's own rule, `seed` that of a method that draws at random; `jobs` is the number of threads
-    (default: one for each core), which changes no byte; `allow_pickle` reads
+    (default: one for each core), which changes no byte; `memory` is how models are held while they
+    are measured; `allow_pickle` reads
     `pytorch_model*.bin` where a model has nothing else. `out` is untouched until the merge is complete. A merge that was
     interrupted is gone on with by the same call, and refused to another one unless `restart` throws it away; a complete one is
     not written again. Raises the errors of sensmerge.errors. Cost of the merge itself: one read of every input byte, one write of
@@ -257,7 +266,7 @@ def merge(
             if not overwrite:
                 # Once more: what was broken off between two renames is in its place now.
                 check_not_taken(recipe, out)
-            prepared = _prepare(recipe, models, coefficients, folder, device, shard_bytes)
+            prepared = _prepare(recipe, models, coefficients, folder, device, memory, shard_bytes)
             identity = identity_of(recipe, models, prepared.plan, states, device)
             hashes = finished(stage, identity, restart=restart)
             written = hashes is None

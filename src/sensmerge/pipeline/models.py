@@ -149,7 +149,8 @@ def _check_one_name_each(recipe: Recipe, readers: Mapping[str, Checkpoint], plac
         seen[reader.folders] = model
 
 
-def _places(recipe: Recipe, name: str) -> list[Path]:
+def local_places(recipe: Recipe, name: str) -> list[Path]:
+    """Where a path of `recipe` may lie, in the order in which it is tried."""
     return [folder / Path(name).expanduser() for folder in search_folders(recipe)]
 
 
@@ -158,19 +159,19 @@ def named_files(recipe: Recipe) -> list[Path]:
     names = [
         name for expert in recipe.models if expert.sens for name in (expert.sens.data, expert.sens.profile) if name
     ]
-    return [path for name in names for path in _places(recipe, name) if path.is_file()]
+    return [path for name in names for path in local_places(recipe, name) if path.is_file()]
 
 
 def find_file(recipe: Recipe, name: str, line: int) -> Path:
     """A calibration file or profile named in `recipe`. Raises CalibrationDataError naming the places that were tried."""
-    tried = _places(recipe, name)
+    tried = local_places(recipe, name)
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
         raise CalibrationDataError(
             f"there is no file '{name}'",
             where=recipe.where(line),
             why=f"tried {', '.join(dict.fromkeys(str(path) for path in tried))}",
-            fix="write the path of an existing file: samples as .jsonl (hub data sets: download them first), a profile as .json",
+            fix="write the path of a file of samples (.jsonl, .json, .parquet) or of a profile (.json), or a data set of the hub",
         )
     return found
 

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..calibration.samples import read_samples
 from ..checkpoints.source import Checkpoint, parameters_of
 from ..errors import Faults, SensmergeError
 from ..execution.engine import cores
@@ -23,6 +22,7 @@ from ..rules import RULES
 from ..sens_block import settings_of
 from .calibrating import kept_record, profile_inputs, profiles_folder
 from .checking import check_empty, check_name
+from .data import CalibrationData
 from .models import RecipeModels, find_file, open_models, source_of
 from .planning import check_before, check_data, free_bytes, output_bytes, raise_once
 from .weighing import needs_calibration
@@ -179,7 +179,7 @@ def _calibration(recipe: Recipe, models: RecipeModels, kept: Path) -> Sequence[C
     if recipe.sens is None or not needs_calibration(recipe):
         return ()
     settings = settings_of(recipe)
-    steps = []
+    steps, data = list[CalibrationStep](), CalibrationData(recipe)
     for index, (expert, name) in enumerate(zip(recipe.models, models.names, strict=True)):
         source = source_of(recipe, index)
         if source.profile is not None:
@@ -187,11 +187,14 @@ def _calibration(recipe: Recipe, models: RecipeModels, kept: Path) -> Sequence[C
             steps.append(CalibrationStep(name, source.profile, profile.samples, "published"))
             continue
         assert source.data is not None
-        data = find_file(recipe, source.data, expert.line)
         inputs = profile_inputs(recipe, models, index, data, models.experts[index].fingerprint())
         known = kept_record(kept, f"profiles/{name}.json", inputs, SensitivityProfile.load)
-        samples = min(settings.samples, len(read_samples(data, source.fields)))
-        steps.append(CalibrationStep(name, str(data), samples, "to measure" if known is None else "kept"))
+        samples = min(settings.samples, len(data.samples(index)))
+        steps.append(
+            CalibrationStep(
+                name, ", ".join(map(str, data.files(index))), samples, "to measure" if known is None else "kept"
+            )
+        )
     if RULES.get(settings.rule, where="sens.rule").needs_distances:
         samples = sum(step.samples for step in steps) * len(steps)
         state = "to measure"

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..calibration.samples import read_samples
 from ..checkpoints.source import TOKENIZER_FILES
 from ..checkpoints.staging import work_folder
 from ..errors import Faults, ResourceError, SensmergeError
@@ -23,6 +22,7 @@ from ..sens_block import settings_of
 from .calibrating import profiles_folder
 from .checking import check_models, check_name, check_place, check_tokenizers, rows_alone_differ, tell_unmatched_filters
 from .companions import output_model_config
+from .data import CalibrationData
 from .models import RecipeModels, find_file, open_models, realigned, source_of
 from .resuming import check_not_taken
 from .weighing import needs_calibration, preset_scale, sized, unmeasured
@@ -109,13 +109,14 @@ def check_data(recipe: Recipe, faults: Faults) -> None:
     """Every calibration file is there and holds samples; published profiles can be read."""
     if recipe.sens is None or not needs_calibration(recipe):
         return
+    data = CalibrationData(recipe)
     for index, expert in enumerate(recipe.models):
         with faults.gathered():
             source = source_of(recipe, index)
             if source.profile is not None:
                 SensitivityProfile.load(find_file(recipe, source.profile, expert.line))
             elif source.data is not None:
-                read_samples(find_file(recipe, source.data, expert.line), source.fields)
+                data.samples(index)
 
 
 def free_bytes(out: Path) -> int:

@@ -142,6 +142,15 @@ def plan_vocabularies(
         files = extended_files(reader.tokenizer_path, reader.label, ids, [ours, *owners, *others], asked)
     models = {model: Vocabulary(tokens.ids, _rows(found, model)) for model, tokens in maps.items()}
     rows = max(models[source].rows, max(ids.values(), default=-1) + 1)
+    most = max(each.rows for each in models.values()) + len(ids)
+    if rows > most:
+        far = max(ids, key=lambda token: ids[token])
+        raise IncompatibleModelsError(
+            f"the token {far!r} has an id far beyond all others",
+            where=f"{readers[source].tokenizer_path}",
+            why=f"its id is {ids[far]}, and no model has more than {most - len(ids)} rows: the merged model would have {rows}",
+            fix="correct the id in the tokenizer's files, or name another model as `source:`",
+        )
     multiple = policy.pad_to_multiple_of or 1
     output = Vocabulary(ids, -(-rows // multiple) * multiple)
     return Vocabularies(output, models, files, rowless_tokens(output, models, policy.rules))

@@ -14,6 +14,7 @@ from ..errors import InputFileError
 from ..records import Alignment, Coefficients, Recipe, SensitivityProfile, SensSettings, hash_of
 from ..rules import RULES
 from ..rules.compute import Measurements, compute
+from ..rules.intervals import PerSample
 from ..rules.presets import PRESETS
 from ..sens_block import settings_of
 from ..settings import LAMBDA
@@ -58,7 +59,27 @@ def measurements(
         sensitivity=np.array([profile.sensitivity for profile in profiles]),
         outside={role: np.array([outside(profile, role) for profile in profiles]) for role in grouping.roles},
         distances=np.array(zero if alignment is None else alignment.distances),
+        per_sample=_per_sample(profiles, alignment),
         inputs=hash_of([profile.inputs for profile in profiles], None if alignment is None else alignment.inputs),
+    )
+
+
+def _per_sample(profiles: Sequence[SensitivityProfile], alignment: Alignment | None) -> PerSample | None:
+    """What each sample added; None if a profile or the alignment does not tell it for the same samples."""
+    sizes = [len(profile.per_sample) for profile in profiles]
+    if alignment is None:
+        distances = [[np.zeros(size) for size in sizes] for _ in profiles]
+    else:
+        distances = [[np.array(samples) for samples in row] for row in alignment.per_sample]
+    told = all(len(sums) == len(profile.layers) for profile in profiles for sums in profile.per_sample) and all(
+        len(samples) == size for row in distances for samples, size in zip(row, sizes, strict=True)
+    )
+    if not told or not all(sizes):
+        return None
+    return PerSample(
+        sensitivity=[np.array(profile.per_sample) for profile in profiles],
+        distances=distances,
+        keys=[profile.inputs for profile in profiles],
     )
 
 

@@ -6,7 +6,18 @@ same hash exists. Files are written with one top-level key a line, so that they 
 
 from __future__ import annotations
 
-from .measurements import Alignment, CalibrationSet, Coefficients, Scale, Scores, SensitivityProfile, TaskScore
+from .measurements import (
+    Alignment,
+    CalibrationSet,
+    Coefficients,
+    DrawnSamples,
+    Intervals,
+    PairDistances,
+    Scale,
+    Scores,
+    SensitivityProfile,
+    TaskScore,
+)
 from .merge_record import MergeRecord
 from .plans import MergePlan, TensorInput, TensorPlan
 from .recipe import (
@@ -29,9 +40,12 @@ __all__ = [
     "CalibrationSet",
     "Coefficients",
     "Conditional",
+    "DrawnSamples",
     "Expert",
+    "Intervals",
     "MergePlan",
     "MergeRecord",
+    "PairDistances",
     "Recipe",
     "Record",
     "Role",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .record import Record
 
@@ -13,7 +13,8 @@ class CalibrationSet:
     """The m samples of one task: token ids and, for each token, whether its prediction counts in the loss.
 
     `rows` are the samples' 0-based places in their file. `loss_mask[k][t]` is 1 if token t of sample k is a loss token (it is
-    predicted from position t-1; token 0 never is one). `loss` is the setting that made the masks.
+    predicted from position t-1; token 0 never is one). `loss` is the setting that made the masks. `truncated` counts the samples
+    that were cut to `max_length`, `dropped` the file's rows that are not among these samples.
     """
 
     rows: tuple[int, ...]
@@ -21,6 +22,7 @@ class CalibrationSet:
     loss_mask: tuple[tuple[int, ...], ...]
     loss: str
     truncated: int
+    dropped: int = 0
 
     @property
     def loss_tokens(self) -> int:
@@ -35,6 +37,8 @@ class SensitivityProfile(Record):
     `layers` are the L group names in the order of the stack; `sensitivity[l]` is the sum over samples, `per_sample[k][l]` one
     sample's part; `tensors` has one sum per parameter, those outside the blocks included. `score` is what was summed: `weight`
     |θ·g|, `task_vector` |δ·g| or `fisher` g². `token_ids` and `loss_mask` are empty if the profile was made without samples.
+    `paths` counts the modules that were measured many samples at once (`batched`) and a sample at a time (`loop`).
+    `truncated` samples were cut to `max_length`; `dropped` rows of the data were not drawn.
     """
 
     schema: int
@@ -52,6 +56,9 @@ class SensitivityProfile(Record):
     token_ids: list[list[int]]
     loss_mask: list[list[int]]
     inputs: str
+    paths: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,65 @@ class Alignment(Record):
 
 
 @dataclass(frozen=True)
+class PairDistances(Record):
+    """How far one model stands from one expert on that expert's samples: a part of an Alignment that is kept on its own.
+
+    `samples` has a number for each sample that was ever compared, by the hash of its token ids and loss mask.
+    """
+
+    SCHEMA = 2
+
+    schema: int
+    model: str
+    expert: str
+    samples: dict[str, float]
+    inputs: str
+
+
+@dataclass(frozen=True)
+class DrawnSamples(Record):
+    """How many samples a calibration with `until` took: `samples` of each task, of the `rows` that the largest one has.
+
+    `rounds` lists what was tried: a number of samples with half the width of the widest interval of K·σ (None: not known).
+    """
+
+    schema: int
+    samples: int
+    rows: int
+    rounds: list[tuple[int, float | None]]
+    inputs: str
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """95 % bootstrap intervals [low, high] of what stands under the same names in Coefficients, from `draws` draws of samples."""
+
+    draws: int
+    alpha: list[list[list[float]]]
+    tau: list[list[float]]
+    sigma: list[list[list[float]]]
+    weights: list[list[list[float]]]
+
+    def widest(self) -> tuple[int, int, float]:
+        """(expert, layer, half the width) of the widest interval of K·σ: a coefficient's, where `total` is K."""
+        halves = [
+            (len(self.sigma) * (high - low) / 2.0, expert, layer)
+            for expert, row in enumerate(self.sigma)
+            for layer, (low, high) in enumerate(row)
+        ]
+        half, expert, layer = max(halves, key=lambda found: found[0])
+        return expert, layer, half
+
+
+@dataclass(frozen=True)
 class Coefficients(Record):
     """One coefficient per expert and layer (eq. 5-7), and everything that led to it.
 
     Lists over K experts are in recipe order, lists over L groups in the order of `layers`. `alpha` is eq. 3, `tau` eq. 5,
     `sigma` eq. 6, `other` the σ of tensors outside the blocks by role, `w` the recipe's own weights, and
     `weights[i][l]` = λ·w_i·total·σ_i^l (with 1 in place of λ while it is null): what multiplies δ_i in block l under task
-    arithmetic. `spread` is max|K·σ - 1|, whatever `total` is: how far the merge is from a plain one.
+    arithmetic. `spread` is max|K·σ - 1|, whatever `total` is: how far the merge is from a plain one. `intervals` is None where
+    nothing is known of single samples.
     """
 
     schema: int
@@ -96,6 +155,17 @@ class Coefficients(Record):
     spread: float
     warnings: list[str]
     inputs: str
+    intervals: Intervals | None = None
+
+    def uncertainty(self) -> str | None:
+        """One line on how sure the coefficients are; None without intervals."""
+        if self.intervals is None:
+            return None
+        expert, layer, half = self.intervals.widest()
+        return (
+            f"widest 95 % interval of K*sigma: +/- {half:.4f}, {self.models[expert]} in {self.layers[layer]}"
+            f" (bootstrap over the samples, {self.intervals.draws} draws)"
+        )
 
     def sigma_of(self, group: str) -> list[float]:
         """The K values of σ for a block (or finer group) or for a role outside the blocks.

@@ -28,15 +28,23 @@ class SensSettings:
     total: float | str = "K"
     other: str = "block_mean"
     compute_dtype: str | None = None
+    attn_implementation: str | None = None
+    until: float | None = None
 
 
 @dataclass(frozen=True)
 class SensSource:
-    """Where one expert's calibration comes from: a data file with its field names, or a published profile."""
+    """Where one expert's calibration comes from: data with its field names, or a published profile.
+
+    `data` is a file, a folder or a data set of the hub; of the last two `name` and `split` choose files, of the last `revision`.
+    """
 
     data: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     profile: str | None = None
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,22 @@ def _front_matter(parents: Iterable[str]) -> list[str]:
 
 
 def coefficient_table(coefficients: Coefficients) -> list[str]:
-    """Markdown: what multiplies each expert's task vector, by layer group."""
+    """Markdown: what multiplies each expert's task vector, by layer group, with half the width of its 95 % interval."""
     header = "| layer | " + " | ".join(coefficients.models) + " |"
     rule = "|---|" + "---:|" * len(coefficients.models)
+    between = None if coefficients.intervals is None else coefficients.intervals.weights
     rows = [
-        f"| {layer} | " + " | ".join(f"{row[at]:.4f}" for row in coefficients.weights) + " |"
+        f"| {layer} | " + " | ".join(_cells(at, coefficients.weights, between)) + " |"
         for at, layer in enumerate(coefficients.layers)
     ]
     return [header, rule, *rows]
+
+
+def _cells(at: int, weights: list[list[float]], between: list[list[list[float]]] | None) -> list[str]:
+    if between is None:
+        return [f"{row[at]:.4f}" for row in weights]
+    halves = [(ends[at][1] - ends[at][0]) / 2 for ends in between]
+    return [f"{row[at]:.4f} ± {half:.4f}" for row, half in zip(weights, halves, strict=True)]
 
 
 def _ingredients(recipe: Recipe, method: Method) -> list[str]:
@@ -84,6 +92,8 @@ def model_card(recipe: Recipe, coefficients: Coefficients | None, scale: float, 
             "",
             *coefficient_table(coefficients),
         ]
+        uncertainty = coefficients.uncertainty()
+        lines += [] if uncertainty is None else ["", f"{uncertainty[0].upper()}{uncertainty[1:]}."]
         lines += ["", *(f"> {warning}" for warning in coefficients.warnings)] if coefficients.warnings else []
     lines += ["", "## Recipe", "", "```yaml", recipe.text.rstrip("\n"), "```", ""]
     return "\n".join(lines)

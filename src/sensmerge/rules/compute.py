@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..records import Coefficients, SensSettings, hash_of
+from ..records import Coefficients, Intervals, SensSettings, hash_of
 from . import RULES
 from .factors import cross_task, task_specific
+from .intervals import PerSample, bootstrap
 from .rule import Array, Rule
 
 SPREAD_WORTH_NOTICING = 0.10
@@ -21,7 +22,7 @@ class Measurements:
     """What the rules start from, experts in recipe order.
 
     `sensitivity` s is float64 [K, L]; `outside` the same sums for each role outside the blocks, [K]; `distances` g is
-    float64 [K, K]. `inputs` is the hash of where they came from.
+    float64 [K, K]. `inputs` is the hash of where they came from. `per_sample` is what both are made of, where that is known.
     """
 
     models: tuple[str, ...]
@@ -30,6 +31,7 @@ class Measurements:
     outside: Mapping[str, Array]
     distances: Array
     inputs: str
+    per_sample: PerSample | None = None
 
 
 def _alpha_outside(sensitivity_L: Array, outside: float) -> float:
@@ -66,6 +68,29 @@ def _multipliers(
     ]
 
 
+def _intervals(
+    measured: Measurements,
+    settings: SensSettings,
+    rule: Rule,
+    temperature: float,
+    total: float,
+    weights: Sequence[float],
+    scale: float | None,
+) -> Intervals | None:
+    """The bootstrap's intervals; None where a task has no samples to draw from."""
+    if measured.per_sample is None or not measured.per_sample.enough:
+        return None
+    found = bootstrap(measured.per_sample, rule, settings, temperature)
+    return _applied_intervals(found, total, weights, scale)
+
+
+def _applied_intervals(found: Intervals, total: float, weights: Sequence[float], scale: float | None) -> Intervals:
+    """`found` with the intervals of λ·w_i·c_i^l, which follow from those of σ; a negative factor turns their ends round."""
+    ends = [_multipliers([[pair[end] for pair in row] for row in found.sigma], total, weights, scale) for end in (0, 1)]
+    pairs = [[sorted(pair) for pair in zip(low, high, strict=True)] for low, high in zip(*ends, strict=True)]
+    return replace(found, weights=pairs)
+
+
 def _warnings(spread: float) -> list[str]:
     if spread >= SPREAD_WORTH_NOTICING:
         return []
@@ -80,7 +105,8 @@ def compute(
 ) -> Coefficients:
     """Eq. 3, 5 and 6 with the choices in `settings`; `weights` are the recipe's w_i, `scale` its λ (None while auto).
 
-    Pure; permuting the experts permutes the result, bit for bit. Raises RecipeError for an unknown rule. Cost: K·L exponentials.
+    Pure; permuting the experts permutes the result, bit for bit. Raises RecipeError for an unknown rule. Cost: K·L
+    exponentials, and a thousand times that for the intervals where single samples are known.
     """
     rule = RULES.get(settings.rule, where="sens.rule")
     temperature = 1.0 if settings.temperature is None else settings.temperature
@@ -129,13 +155,16 @@ def compute(
             list(weights),
             scale,
         ),
+        intervals=_intervals(measured, settings, rule, temperature, total, weights, scale),
     )
 
 
 def applied(coefficients: Coefficients, weights: Sequence[float], scale: float | None) -> Coefficients:
     """The same σ under a recipe's weights and λ (None while auto): `lambda`, `w` and `weights` change, and the hash."""
+    intervals = coefficients.intervals
     return replace(
         coefficients,
+        intervals=None if intervals is None else _applied_intervals(intervals, coefficients.total, weights, scale),
         lambda_=scale,
         w=[float(w) for w in weights],
         weights=_multipliers(coefficients.sigma, coefficients.total, weights, scale),

@@ -10,13 +10,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import progress
-from ..calibration.experts import load_expert
+from ..calibration.batches import batch_of, by_length, call_arguments
 from ..calibration.models import non_finite, out_of_memory_told
-from ..calibration.sensitivity import checkpoint_names, sample_loss
+from ..calibration.naming import Names, Stored, stored_names
+from ..calibration.skeleton import compute_dtype_of, skeleton, tensor_reader
+from ..calibration.weights import Weights
 from ..checkpoints.source import Checkpoint, TensorSource
 from ..execution.run import updates
 from ..records import CalibrationSet, MergePlan, Scale
@@ -31,14 +35,13 @@ BATCH_TOKENS = 4096
 class ScaledModel:
     """The base model with λ times the update added, for any λ, without another merge.
 
-    Memory: the model, the base's weights and the update.
+    `updates` are those of the checkpoint's tensors, `names` says which of them make a parameter. Memory: the model, the base's
+    weights and the update.
     """
 
-    def __init__(self, model: Any, updates: Mapping[str, Tensor]) -> None:
-        self.model = model
-        stored = checkpoint_names(model, list(updates))
+    def __init__(self, model: Any, names: Names, updates: Mapping[str, NDArray[np.float32]]) -> None:
         self._parts = [
-            (parameter, parameter.detach().clone(), updates[stored[name]].reshape(parameter.shape).to(parameter.device))
+            (parameter, parameter.detach().clone(), _assembled(parameter, names[name], updates))
             for name, parameter in model.named_parameters()
         ]
 
@@ -49,38 +52,27 @@ class ScaledModel:
                 parameter.copy_(base + (update * scale).to(base.dtype))
 
 
-def _batches(samples: CalibrationSet) -> list[list[int]]:
-    """Samples sorted by length, in batches of at most BATCH_TOKENS padded tokens."""
-    batches: list[list[int]] = []
-    for sample in sorted(range(len(samples.rows)), key=lambda at: len(samples.token_ids[at])):
-        if not batches or (len(batches[-1]) + 1) * len(samples.token_ids[sample]) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(sample)
-    return batches
+def _assembled(parameter: Tensor, stored: tuple[Stored, ...], updates: Mapping[str, NDArray[np.float32]]) -> Tensor:
+    """The update of a parameter, float32, from those of the tensors that make it."""
+    whole = torch.empty(parameter.shape)
+    for each in stored:
+        part = whole[each.part]
+        part.copy_(torch.from_numpy(updates[each.name]).reshape(part.shape))
+    return whole.to(parameter.device)
 
 
 @torch.no_grad()
 def mean_loss(model: Any, samples: CalibrationSet, *, label: str) -> float:
     """The mean over samples of each sample's mean loss (nats per loss token). Raises NonFiniteError."""
-    device = next(model.parameters()).device
+    device = str(next(model.parameters()).device)
     losses: list[float] = []
-    for batch in _batches(samples):
-        longest = max(len(samples.token_ids[at]) for at in batch)
-        ids_ST = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
-        real_ST = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
-        for row, at in enumerate(batch):
-            length = len(samples.token_ids[at])
-            ids_ST[row, :length] = torch.tensor(samples.token_ids[at], device=device)
-            real_ST[row, :length] = 1
-        with out_of_memory_told(label):
-            logits_STV = model(input_ids=ids_ST, attention_mask=real_ST).logits
-        for row, at in enumerate(batch):
-            mask_T = torch.tensor(samples.loss_mask[at], dtype=torch.bool, device=device)
-            length = len(mask_T)
-            losses.append(float(sample_loss(logits_STV[row, :length], ids_ST[row, :length], mask_T)))
+    with out_of_memory_told(label):
+        for group in by_length(samples, range(len(samples.rows)), BATCH_TOKENS):
+            batch = batch_of(samples, group, device)
+            losses.append(float(batch.loss(model(input_ids=batch.ids, **call_arguments(model, batch)).logits)))
     if not all(math.isfinite(loss) for loss in losses):
-        raise non_finite(model, label, "the loss of the merged model")
-    return math.fsum(losses) / len(losses)
+        raise non_finite(model.named_parameters(), label, "the loss of the merged model")
+    return math.fsum(losses) / len(samples.rows)
 
 
 def choose_scale(
@@ -96,18 +88,30 @@ def choose_scale(
     """The λ that minimises the calibration loss of the merged model; `tasks` maps each expert's name to its samples.
 
     `plan` must belong to a method that adds; its own λ is not used. `readers` are the models it reads, by `model:` string. Cost:
-    17 forward passes over all samples.
+    17 forward passes over all samples. Memory: the base, a copy of it and the update; raises ResourceError where a GPU has less.
     """
-    model = load_expert(base, device, compute_dtype)
-    names = set(checkpoint_names(model, [tensor.spec.name for tensor in plan.tensors]).values())
-    with out_of_memory_told("lambda: auto, which holds the base, a copy of it and the update"):
-        formed = updates(plan, readers, names, device=device)
-        scaled = ScaledModel(model, {name: torch.from_numpy(values) for name, values in formed.items()})
+    dtype = compute_dtype_of(device, compute_dtype)
+    model = skeleton(base, device, dtype)
+    names = stored_names(model, base)
+    weights = Weights(model, names, tensor_reader(base, device, dtype))
+    place = "lambda: auto, which holds the base, a copy of it and the update"
+    with out_of_memory_told(place), weights.loaded(list(model.modules())):
+        stored = {each.name for parts in names.values() for each in parts}
+        scaled = ScaledModel(model, names, updates(plan, readers, stored, device=device))
+        tried = _tried(model, scaled, tasks)
+    return Scale(
+        schema=Scale.SCHEMA,
+        lambda_=_best(tried),
+        objective=OBJECTIVE,
+        models=list(tasks),
+        tried=[[scale, *tried[scale]] for scale in sorted(tried)],
+        inputs=inputs,
+    )
+
+
+def _tried(model: Any, scaled: ScaledModel, tasks: Mapping[str, CalibrationSet]) -> dict[float, list[float]]:
+    """By λ: the objective and the loss of every task, on the grid and beside its best."""
     tried: dict[float, list[float]] = {}
-
-    def best() -> float:
-        return min(sorted(tried), key=lambda scale: tried[scale][0])
-
     with progress.task("choosing lambda", len(GRID) + 2) as advance:
 
         def try_scale(scale: float) -> None:
@@ -118,14 +122,11 @@ def choose_scale(
 
         for scale in GRID:
             try_scale(scale)
-        centre = best()
+        centre = _best(tried)
         for scale in (centre - REFINEMENT, centre + REFINEMENT):
             try_scale(round(scale, 2))
-    return Scale(
-        schema=Scale.SCHEMA,
-        lambda_=best(),
-        objective=OBJECTIVE,
-        models=list(tasks),
-        tried=[[scale, *tried[scale]] for scale in sorted(tried)],
-        inputs=inputs,
-    )
+    return tried
+
+
+def _best(tried: Mapping[float, list[float]]) -> float:
+    return min(sorted(tried), key=lambda scale: tried[scale][0])

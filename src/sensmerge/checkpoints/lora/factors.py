@@ -73,6 +73,13 @@ class AdapterFile:
         self.path = path
         self._stored: dict[str, StoredTensor] = {tensor.spec.name: tensor for tensor in read_header(path)}
         self.tensors: Mapping[str, TensorSpec] = {name: stored.spec for name, stored in self._stored.items()}
+        if not self.tensors:
+            raise InputFileError(
+                "this adapter holds no tensors",
+                where=str(path),
+                why="its model would be the base itself",
+                fix="save the adapter again with PEFT's `save_pretrained`, or name the base without it",
+            )
         self._kept: OrderedDict[tuple[str, tuple[str, bool]], Floats] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()

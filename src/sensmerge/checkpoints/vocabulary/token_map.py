@@ -53,7 +53,7 @@ def as_text(data: object) -> str:
 
 def _ids(entries: object, path: Path) -> dict[str, int]:
     """A map of tokens to ids as JSON has it, checked."""
-    if not isinstance(entries, dict) or not all(_is_id(place) for place in entries.values()):
+    if not isinstance(entries, dict) or not all(isinstance(t, str) and _is_id(place) for t, place in entries.items()):
         raise damaged(path, "it should map tokens to whole numbers")
     return entries
 
