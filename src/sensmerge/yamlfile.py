@@ -13,9 +13,11 @@ from typing import Any
 
 import yaml
 
-from .errors import Faults, RecipeError
+from .errors import RecipeError
 from .registry import suggestion
 
+# Of many keys that cannot be used, so many are told.
+SHOWN_KEYS = 8
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
 
@@ -127,12 +129,19 @@ class Section:
     def allow(self, known: Iterable[str], unsupported: Sequence[str] = ()) -> None:
         """Refuse every key that is not `known`: `unsupported` ones by name, others with the nearest known one; all at once."""
         known = list(known)
-        faults = Faults()
-        for key in self._lines:
-            if key not in known:
-                with faults.gathered():
-                    raise self._unknown(key, known, unsupported)
-        faults.raise_all()
+        errors = [self._unknown(key, known, unsupported) for key in self._lines if key not in known]
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            more = [f"and {len(errors) - SHOWN_KEYS} more"] if len(errors) > SHOWN_KEYS else []
+            told = [f"line {each.where.rpartition(':')[2]}: {each.what}" for each in errors[:SHOWN_KEYS]]
+            fixes = dict.fromkeys(each.fix for each in errors[:SHOWN_KEYS])
+            raise RecipeError(
+                f"{len(errors)} keys cannot be used",
+                where=errors[0].where,
+                why="; ".join([*told, *more]),
+                fix=" ".join(fixes),
+            )
 
     def _unknown(self, key: str, known: Sequence[str], unsupported: Sequence[str]) -> RecipeError:
         if key in unsupported:

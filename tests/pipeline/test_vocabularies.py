@@ -240,7 +240,7 @@ def test_models_without_tokenizer_files(tmp_path: Path) -> None:
     for lines in ("", "tokenizer_source: base", "tokenizer: {source: union}"):
         with pytest.raises(IncompatibleModelsError) as caught:
             dry_run(sm.load_recipe(recipe(tmp_path, ["more"], lines)), tmp_path / "out")
-        assert "copy the model's own tokenizer files" in caught.value.fix
+        assert f"copy the models' own tokenizer files into {tmp_path}" in caught.value.fix
     byte_tokenizer().save_pretrained(tmp_path / "base")
     heard = Heard()
     with listening(heard):

@@ -104,8 +104,9 @@ def outlook(
     kept = profiles_folder(recipe) if profiles_dir is None else Path(profiles_dir)
     threads = jobs or cores()
     check_name(out)
-    opening = Faults()
+    opening, opened = Faults(), False
     with opening.gathered(), open_models(recipe, allow_pickle=allow_pickle) as models:
+        opened = True
         plan = check_before(recipe, models, out, kept, overwrite=overwrite, shard_bytes=shard_bytes, jobs=threads)
         cost = cost_of(plan, models.readers, threads)
         return Outlook(
@@ -123,10 +124,11 @@ def outlook(
             speed=measured_speed(plan, models.readers, threads) if timed else None,
         )
     # Where models cannot be opened, what does not depend on them is told with them.
-    if not overwrite:
-        with opening.gathered():
-            check_empty(recipe, out)
-    check_data(recipe, opening)
+    if not opened:
+        if not overwrite:
+            with opening.gathered():
+                check_empty(recipe, out)
+        check_data(recipe, opening)
     raise_once(opening)
     raise AssertionError("an outlook without a fault was returned above")
 
