@@ -20,7 +20,9 @@ import pytest
 
 from sensmerge.errors import OutputError
 from tests.conftest import QUIET, Run
+from tests.faults.injector import judging
 from tests.faults.merges import Case, large, tiny, tree
+from tests.faults.test_resuming import Acting
 
 SENSMERGE = [sys.executable, "-m", "sensmerge"]
 
@@ -141,6 +143,45 @@ def test_a_file_system_whose_flock_says_yes_to_everybody(tmp_path: Path, monkeyp
         living.kill()
     case.merge(overwrite=False)
     assert case.out.exists()
+
+
+def test_two_merges_of_one_process_where_flock_says_yes_to_everybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tiny(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: None)
+    told: list[str] = []
+
+    def second() -> None:
+        with pytest.raises(OutputError) as caught:
+            case.merge()
+        told.append(caught.value.what)
+
+    with judging(Acting("allocate", 2, second)):
+        case.merge()
+    assert told == ["another merge writes this output"]
+    assert (case.out / "config.json").exists()
+
+
+def test_a_lock_that_its_holder_removes_in_this_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking another process may take the place: what was opened is then nobody's lock."""
+    case = tiny(tmp_path, old=False)
+    lock = case.work.with_name(f"{case.work.name}.lock")
+    flock, others = fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        if not others:
+            lock.unlink()
+            others.append(os.open(lock, os.O_CREAT | os.O_RDWR))
+            flock(others[0], how)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="another merge writes this output"):
+        case.merge(overwrite=False)
+    os.close(others[0])
+    case.merge(overwrite=False)
+    assert [path.name for path in case.out.parent.iterdir()] == ["out"]
 
 
 FULL = r"""
