@@ -222,3 +222,12 @@ def test_a_model_without_the_tensor_that_others_need(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleModelsError, match="'a' lacks tokens, and 'b' has no rows") as caught:
         AlignedModel(models[0][0], table, models, [EMBED, "lm_head.weight"])
     assert "missing in b" in caught.value.why
+
+
+def test_a_forced_rule_holds_where_all_vocabularies_are_equal() -> None:
+    same = Vocabulary({"a": 0, "b": 1}, 2)
+    rules = [TokenRule("b", "one", "a", None, True, 1)]
+    tables = row_tables(same, {"one": same, "two": same}, base=None, donor="one", rules=rules, where="recipe.yml")
+    for table in tables.values():
+        assert (int(table.source[1]), int(table.row[1])) == (0, 0)
+    assert (int(tables["two"].source[0]), int(tables["two"].row[0])) == (1, 0)

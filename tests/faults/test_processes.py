@@ -20,7 +20,9 @@ import pytest
 
 from sensmerge.errors import OutputError
 from tests.conftest import QUIET, Run
+from tests.faults.injector import judging
 from tests.faults.merges import Case, large, tiny, tree
+from tests.faults.test_resuming import Acting
 
 SENSMERGE = [sys.executable, "-m", "sensmerge"]
 
@@ -91,9 +93,17 @@ def holder(**changes: Any) -> dict[str, Any]:
     return {**here, "pid": int(gone.stdout), "start": "1", "since": "2001-02-03", **changes}
 
 
+def started(pid: int) -> str:
+    """When a process began, as a lock tells it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
 LEFT: dict[str, Callable[[], str]] = {
     "by the dead": lambda: json.dumps(holder()),
-    "before the machine was started": lambda: json.dumps(holder(pid=os.getppid(), boot="earlier")),
+    "by the dead, in many words": lambda: json.dumps(holder(since="2001" * 60)),
+    "before the machine was started": lambda: json.dumps(
+        holder(pid=os.getppid(), start=started(os.getppid()), boot="earlier")
+    ),
     "by one whose number another has now": lambda: json.dumps(holder(pid=1)),
     # Every container has a name of its own, and numbers of its own: 1 lives in each.
     "by a container that was killed": lambda: json.dumps(holder(host="4f9a2c", pid=1)),
@@ -109,7 +119,10 @@ def test_a_lock_that_nobody_holds_is_taken_over(tmp_path: Path, left: str) -> No
     case = tiny(tmp_path, old=False)
     lock = case.work.with_name(f"{case.work.name}.lock")
     lock.write_text(LEFT[left]())
-    case.merge(overwrite=False)
+    named: list[int] = []
+    with judging(Acting("allocate", 1, lambda: named.append(json.loads(lock.read_text())["pid"]))):
+        case.merge(overwrite=False)
+    assert named == [os.getpid()]
     assert [path.name for path in case.out.parent.iterdir()] == ["out"]
 
 
@@ -133,14 +146,52 @@ def test_a_file_system_whose_flock_says_yes_to_everybody(tmp_path: Path, monkeyp
     case = tiny(tmp_path, old=False)
     lock = case.work.with_name(f"{case.work.name}.lock")
     with subprocess.Popen(["sleep", "60"]) as living:
-        start = Path(f"/proc/{living.pid}/stat").read_text().split()[21]
-        lock.write_text(json.dumps(holder(pid=living.pid, start=start)))
+        lock.write_text(json.dumps(holder(pid=living.pid, start=started(living.pid))))
         monkeypatch.setattr(fcntl, "flock", lambda *arguments: None)
         with pytest.raises(OutputError, match=f"process {living.pid} on"):
             case.merge(overwrite=False)
         living.kill()
     case.merge(overwrite=False)
     assert case.out.exists()
+
+
+def test_two_merges_of_one_process_where_flock_says_yes_to_everybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tiny(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: None)
+    told: list[str] = []
+
+    def second() -> None:
+        with pytest.raises(OutputError) as caught:
+            case.merge()
+        told.append(caught.value.what)
+
+    with judging(Acting("allocate", 2, second)):
+        case.merge()
+    assert told == ["another merge writes this output"]
+    assert (case.out / "config.json").exists()
+
+
+def test_a_lock_that_its_holder_removes_in_this_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking another process may take the place: what was opened is then nobody's lock."""
+    case = tiny(tmp_path, old=False)
+    lock = case.work.with_name(f"{case.work.name}.lock")
+    flock, others = fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        if not others:
+            lock.unlink()
+            others.append(os.open(lock, os.O_CREAT | os.O_RDWR))
+            flock(others[0], how)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="another merge writes this output"):
+        case.merge(overwrite=False)
+    os.close(others[0])
+    case.merge(overwrite=False)
+    assert [path.name for path in case.out.parent.iterdir()] == ["out"]
 
 
 FULL = r"""

@@ -8,15 +8,19 @@ import shlex
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import sensmerge as sm
 from sensmerge.errors import OutputError
+from sensmerge.records import Coefficients
 from tests.conftest import QUIET, Run
+from tests.faults.injector import Crash, Failing, judging
 from tests.faults.merges import Case, tiny, tree
-from tests.faults.test_resuming import interrupt
+from tests.faults.test_resuming import Acting, interrupt
 
 SENSMERGE = f"{shlex.quote(sys.executable)} -m sensmerge"
 WATCHED = """
@@ -185,6 +189,118 @@ def test_a_file_in_the_place_of_the_work_folder_is_left_alone(tmp_path: Path) ->
     with pytest.raises(OutputError, match="in the way"):
         case.merge()
     assert case.work.read_text() == "thesis"
+
+
+def test_too_few_files_may_be_open(tmp_path: Path) -> None:
+    """The limit is named, not the models; with a higher one the command ends well."""
+    case = tiny(tmp_path, old=False)
+    for name in ("base", "expert-0"):
+        file = tmp_path / name / "model.safetensors"
+        split_into_files(file)
+    command = f"{SENSMERGE} merge {case.recipe} {case.out} --jobs 1"
+    for limit in (10, 12, 14):
+        done = shell(f"ulimit -n {limit}; {command}")
+        assert done.returncode == 6, done.stderr
+        assert "too many files are open" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = shell(f"ulimit -n 64; {command}")
+    assert done.returncode == 0, done.stderr
+
+
+def split_into_files(file: Path) -> None:
+    """One tensor a file, with an index."""
+    tensors = load_file(file)
+    names = {name: f"model-{number}.safetensors" for number, name in enumerate(tensors)}
+    for name, shard in names.items():
+        save_file({name: tensors[name]}, file.with_name(shard))
+    file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    file.unlink()
+
+
+def test_what_came_into_being_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    case = tiny(tmp_path, old=False)
+
+    def somebody() -> None:
+        case.out.mkdir()
+        (case.out / "thesis.txt").write_text("precious")
+
+    with judging(Acting("allocate", 2, somebody)), pytest.raises(OutputError, match="not empty any more") as caught:
+        case.merge(overwrite=False)
+    assert tree(case.out) == {"thesis.txt": b"precious"}
+    assert "what was merged is kept" in caught.value.fix
+    case.merge(overwrite=True)
+    assert not (case.out / "thesis.txt").exists()
+
+
+def test_an_old_model_that_a_kill_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Killed when the new model is in place and the old one not yet deleted: another merge begins as if it were."""
+    case = tiny(tmp_path)
+    counting = Failing(None, None)
+    with judging(counting):
+        case.merge()
+    case.clear(old=True)
+    with judging(Failing(counting.calls.index("exchange") + 1, None)), pytest.raises(Crash):
+        case.merge()
+    assert (case.work / "complete" / "old-only.txt").exists()
+    case.recipe.write_text(case.recipe.read_text() + "parameters: {lambda: 0.5}\n")
+    case.merge(overwrite=True)
+    assert [path.name for path in case.out.parent.iterdir()] == ["out"]
+
+
+def test_other_coefficients_are_another_merge(tmp_path: Path) -> None:
+    """Those that a program hands over are in no recipe."""
+    case = tiny(tmp_path, experts=2)
+    plain = case.recipe.read_text()
+    case.recipe.write_text(plain + "sens: {rule: uniform}\n")
+    case.merge()
+    given = Coefficients.load(case.out / "sensmerge" / "coefficients.json")
+    other = replace(given, sigma=[[1.5 * number for number in row] for row in given.sigma])
+    case.recipe.write_text(plain)
+    case.clear(old=False)
+    recipe = sm.load_recipe(case.recipe)
+    counting = Failing(None, None)
+    with judging(counting):
+        sm.merge(recipe, case.out, coefficients=given, jobs=1, shard_bytes=220)
+    case.clear(old=False)
+    last = len(counting.calls) - 1 - counting.calls[::-1].index("write")
+    with judging(Failing(last, None)), pytest.raises(Crash):
+        sm.merge(recipe, case.out, coefficients=given, jobs=1, shard_bytes=220)
+    with pytest.raises(OutputError, match="what changed since: the coefficients"):
+        sm.merge(recipe, case.out, coefficients=other, jobs=1, shard_bytes=220)
+    sm.merge(recipe, case.out, coefficients=given, jobs=1, shard_bytes=220)
+
+
+def test_a_complete_merge_leaves_another_ones_work_alone(tmp_path: Path) -> None:
+    """To ask for the old merge again, while a new one lies unfinished, loses nothing of the new one."""
+    case = tiny(tmp_path)
+    case.merge()
+    before, recipe = tree(case.out), case.recipe.read_text()
+    changed = recipe + "parameters: {lambda: 0.5}\n"
+    case.recipe.write_text(changed)
+    counting = Failing(None, None)
+    with judging(counting):
+        sm.merge(sm.load_recipe(case.recipe), tmp_path / "aside", jobs=1, shard_bytes=case.shard_bytes)
+    last = len(counting.calls) - 1 - counting.calls[::-1].index("allocate") + 12
+    with judging(Failing(last, None)), pytest.raises(Crash):
+        case.merge()
+    work = tree(case.work)
+    case.recipe.write_text(recipe)
+    case.merge()
+    assert tree(case.out) == before
+    assert tree(case.work) == work
+    case.recipe.write_text(changed)
+    case.merge()
+    weights = sorted((tmp_path / "aside").glob("*.safetensors"))
+    assert len(weights) > 1
+    assert all((case.out / file.name).read_bytes() == file.read_bytes() for file in weights)
+
+
+def test_what_somebody_put_into_the_work_is_no_part_of_the_model(tmp_path: Path) -> None:
+    case = tiny(tmp_path)
+    interrupt(case)
+    (case.work / "model" / "adapter_config.json").write_text("{}")
+    case.merge()
+    assert not (case.out / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("given", [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shlex
@@ -112,6 +113,7 @@ def main() -> None:
         with listening_terminal():
             returned = app(standalone_mode=False)
     except SensmergeError as error:
+        _fail_for_too_many_files(error)
         fail(str(error), error.exit_code)
     except Stopped as stopped:
         fail(
@@ -131,8 +133,22 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
+        _fail_for_too_many_files(error)
         _fail_usage_or_bug(error)
     sys.exit(returned if isinstance(returned, int) else 0)
+
+
+def _fail_for_too_many_files(error: Exception) -> None:
+    """Name the limit, whatever was to be opened when it was reached; returns if that is not what happened."""
+    causes = [each.__cause__ for each in (error, *getattr(error, "errors", ()))]
+    for each in (error, *causes):
+        if isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE):
+            fail(
+                f"too many files are open at once\n  where: {' '.join(sys.argv[:2])}\n"
+                f"  why:   {each}; every file of every model stays open while it is merged\n"
+                "  fix:   ulimit -n 4096, then run the same command again; or write fewer, larger files: --shard-size 5GB",
+                6,
+            )
 
 
 def _fail_usage_or_bug(error: Exception) -> NoReturn:

@@ -6,6 +6,7 @@ before a text is split, and those that a vocabulary without merges (WordPiece, U
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def extended_files(
             f"tokens cannot be added to the tokenizer of '{label}'",
             where=str(folder),
             why="it has no tokenizer.json, and other forms cannot be extended",
-            fix='write one, then run this again: python -c "from transformers import AutoTokenizer; '
-            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"",
+            fix='write one, then run this again: python -c "import sys; from transformers import AutoTokenizer as T; '
+            f'd=sys.argv[1]; T.from_pretrained(d).save_pretrained(d)" {shlex.quote(str(folder))}',
         )
     data = read_json(file)
     flags = {token: _flags_of(token, owners, asked) for token in ids}
