@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.conforming import is_untied
 from ..checkpoints.formats import to_float32
 from ..checkpoints.source import Checkpoint
 from ..errors import InputFileError
@@ -51,7 +52,11 @@ def skeleton(checkpoint: Checkpoint, device: str, dtype: torch.dtype, attention:
     named = {} if attention is None else {"attn_implementation": attention}
     try:
         # The config as the checkpoint shows it, which may differ from the file's (a vocabulary that was aligned).
-        config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+        shown = dict(checkpoint.config)
+        if is_untied(checkpoint):
+            # It is measured as it is, whatever the merged model will be: one matrix with both its uses.
+            shown["tie_word_embeddings"] = True
+        config = CONFIG_MAPPING[shown["model_type"]].from_dict(shown)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **named)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

@@ -201,9 +201,10 @@ def _profile_or_samples(
     if samples.truncated:
         cut = f"{samples.truncated} of {len(samples.rows)} samples were cut to {settings.max_length} tokens"
         progress.message(f"{name}: {cut}")
-    # What one sample's sums come from: neither how many others there are, nor how tensors are grouped afterwards.
+    # What one sample's sums come from: neither how many others there are, nor how tensors are grouped afterwards, but what the
+    # tensors are called in this recipe.
     each = profile_inputs(recipe, models, index, data, fingerprint, _SAMPLE_KEYS)
-    return _Pending(index, samples, fingerprint, inputs, each)
+    return _Pending(index, samples, fingerprint, inputs, hash_of("rows 1", each, sorted(expert.tensors)))
 
 
 def _check_vocabularies(models: RecipeModels, found: Sequence[SensitivityProfile | _Pending]) -> None:
