@@ -104,7 +104,8 @@ def test_bases_whose_parameters_are_called_otherwise(kind: str, tmp_path: Path) 
         write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {row}?", "response": "yes"} for row in range(3)])
     models = "".join(f"  - {{model: {name}, sens: {{data: {name}.jsonl}}}}\n" for name in ("one", "two"))
     for scale in ("auto", 0.7):
-        text = f"merge_method: task_arithmetic\nbase_model: base\nparameters: {{lambda: {scale}}}\nsens: {{rule: uniform}}\n"
+        text = "merge_method: task_arithmetic\nbase_model: base\nallow: [unrelated]\n"
+        text += f"parameters: {{lambda: {scale}}}\nsens: {{rule: uniform}}\n"
         (tmp_path / f"{scale}.yml").write_text(f"{text}models:\n{models}")
         sm.merge(sm.load_recipe(tmp_path / f"{scale}.yml"), tmp_path / f"out-{scale}", profiles_dir=tmp_path / "kept")
     profiles = [SensitivityProfile.load(tmp_path / "kept" / "profiles" / f"{name}.json") for name in ("one", "two")]
