@@ -257,7 +257,7 @@ def test_an_interrupt_leaves_nothing_half_done(
     process = subprocess.Popen(
         command, env={**os.environ, **QUIET}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    for _ in range(600):
+    for _ in range(6000):
         if (tmp_path / "p" / "profiles" / "expert-a.json").exists():
             break
         time.sleep(0.02)
