@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import struct
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -256,12 +259,12 @@ def test_without_a_tokenizer_json_the_command_that_writes_one_is_told(tmp_path: 
     byte_tokenizer().save_pretrained(tmp_path / "whole")
     vocabulary = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())["model"]["vocab"]
     files = {"vocab.json": vocabulary, "merges.txt": "#version: 0.2\n", "config.json": {"model_type": "gpt2"}}
-    ours = token_map(folder(tmp_path / "bare", files))
+    ours = token_map(folder(tmp_path / "it's bare", files))
     assert ours is not None
     with pytest.raises(IncompatibleModelsError) as caught:
-        extended_files(tmp_path / "bare", "bare", union_ids(ours, [], ["<asked>"]), [ours], ["<asked>"])
-    _, _, command = caught.value.fix.partition(': python -c "')
-    exec(command.removesuffix('"'))
-    ours = token_map(tmp_path / "bare")
+        extended_files(tmp_path / "it's bare", "bare", union_ids(ours, [], ["<asked>"]), [ours], ["<asked>"])
+    _, _, command = caught.value.fix.partition(": python ")
+    subprocess.run([sys.executable, *shlex.split(command)], check=True)
+    ours = token_map(tmp_path / "it's bare")
     assert ours is not None
-    extended_files(tmp_path / "bare", "bare", union_ids(ours, [], ["<asked>"]), [ours], ["<asked>"])
+    extended_files(tmp_path / "it's bare", "bare", union_ids(ours, [], ["<asked>"]), [ours], ["<asked>"])
