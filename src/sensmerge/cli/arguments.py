@@ -32,3 +32,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin where a model has no safetensors.")
 ]
+ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest output file.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", min=1, max=256, help="Threads [one for each core].")]
+RandomSeed = Annotated[
+    int | None, typer.Option("--random-seed", metavar="N", help="Seed of a method that draws at random.")
+]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import AllowPickle, AsJson, Device, Memory, ProfilesDir, RecipePath
+from .arguments import AllowPickle, AsJson, Device, Jobs, Memory, ProfilesDir, RandomSeed, RecipePath, ShardSize
 from .plan import facts
 from .plan import show as show_plan
 from .terminal import parse_size, print_json, size_text
@@ -23,13 +23,9 @@ def merge(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what an interrupted merge into OUT has left.")
     ] = False,
-    shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest output file.")] = "5GB",
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", metavar="N", min=1, max=256, help="Threads [one for each core].")
-    ] = None,
-    random_seed: Annotated[
-        int | None, typer.Option("--random-seed", metavar="N", help="Seed of a method that draws at random.")
-    ] = None,
+    shard_size: ShardSize = "5GB",
+    jobs: Jobs = None,
+    random_seed: RandomSeed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,

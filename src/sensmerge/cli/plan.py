@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import AllowPickle, AsJson, ProfilesDir, RecipePath
+from .arguments import AllowPickle, AsJson, Jobs, ProfilesDir, RandomSeed, RecipePath, ShardSize
 from .terminal import parse_size, print_json, print_table, size_text
 
 if TYPE_CHECKING:
@@ -110,13 +110,9 @@ def plan(
     ] = None,
     profiles: ProfilesDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be replaced.")] = False,
-    shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest output file.")] = "5GB",
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", metavar="N", min=1, max=256, help="Threads [one for each core].")
-    ] = None,
-    random_seed: Annotated[
-        int | None, typer.Option("--random-seed", metavar="N", help="Seed of a method that draws at random.")
-    ] = None,
+    shard_size: ShardSize = "5GB",
+    jobs: Jobs = None,
+    random_seed: RandomSeed = None,
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:

@@ -66,11 +66,10 @@ def check_before(
     if not overwrite and not faults.found:
         with faults.gathered():
             check_not_taken(recipe, out)
-    mended = False
-    try:
+    mended, before = False, len(faults.found)
+    with faults.gathered():
         check_tokenizers(recipe, models)
-    except SensmergeError as error:
-        faults.found.append(error)
+    if len(faults.found) > before:
         # What is wrong beside the vocabularies is told of the models as they will be once that is mended.
         with suppress(SensmergeError):
             models = realigned(recipe, models)
